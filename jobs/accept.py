@@ -1,0 +1,186 @@
+"""A JobSpec and what its output already holds in; an accepted job out, or the reason why not. Starts nothing, generates nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.plan import Plan
+from jobs.plan import changed_since
+from jobs.plan import list_input
+from jobs.plan import make_plan
+from pipeline import storage
+from pipeline.model import Model
+from pipeline.model import resolve_model
+from pipeline.prompts import check_columns
+from pipeline.prompts import needs_chat
+from schemas import layout
+from schemas.completions import output_schema
+from schemas.errors import JobError
+from schemas.job import JobSpec
+from schemas.record import JobRecord
+from schemas.record import encode_schema
+from schemas.unit import WorkUnit
+
+_PART_NAME = re.compile(r"part-(\d{8})-([0-9a-f]{8})\.parquet")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """A job that may run."""
+
+    record: JobRecord
+    plan: Plan
+    model: Model
+    out_uri: str
+    done: dict[int, int]
+    """Size in bytes of the committed part, by unit."""
+    begun: bool
+    """Whether the output was begun by an earlier run."""
+    new_objects: tuple[str, ...] = ()
+    """Objects that match the input now and were not there when the plan was made; they are not taken."""
+    changed_objects: tuple[str, ...] = ()
+    """Planned objects that are not the same any more; their units will fail."""
+
+    @property
+    def job(self) -> JobSpec:
+        return self.record.spec
+
+    @property
+    def todo(self) -> list[WorkUnit]:
+        return [unit for unit in self.plan.units if unit.index not in self.done]
+
+
+def accept(job: JobSpec) -> Accepted:
+    """Check everything that can be checked before an engine starts. Raises JobError."""
+    out_uri = storage.absolute(job.output.uri)
+    model = resolve_model(job.model)
+    stored = load_record(out_uri)
+    stored_plan = load_plan(out_uri) if stored else None
+    if stored is not None and stored_plan is not None:
+        plan, schema = stored_plan, stored.input_schema
+    else:
+        plan, schema = make_plan(job)
+    check_columns(schema, job.input)
+    output_schema(schema, job)
+    if needs_chat(schema, job.input) and not model.has_chat_template:
+        raise JobError(
+            f"input.prompt: the model {job.model} has no chat template, which messages, system and chat: true need; "
+            "use a text column or template with chat: false, or add chat_template.jinja to the checkpoint"
+        )
+    inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/")]
+    if inside:
+        raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
+    record = make_record(job, plan, schema, model)
+    if stored is not None and (differences := record.differences(stored)):
+        raise JobError(
+            f"output.uri: {out_uri} was begun by another job (fingerprint {stored.fingerprint[:8]}). What differs:\n  "
+            + "\n  ".join(differences)
+            + "\nRun the old job again to finish it, or give this one another output."
+        )
+    done = committed_units(out_uri, record.fingerprint)
+    return Accepted(
+        record=record,
+        plan=plan,
+        model=model,
+        out_uri=out_uri,
+        done=done,
+        begun=stored is not None,
+        new_objects=_new_objects(job, plan) if stored is not None else (),
+        changed_objects=tuple(changed_since(plan)) if stored is not None else (),
+    )
+
+
+def make_record(job: JobSpec, plan: Plan, schema: pa.Schema, model: Model) -> JobRecord:
+    """What the fingerprint covers: all that decides the output; not cluster, replicas, batch limits or versions."""
+    spec = job.model_dump(by_alias=True, exclude_unset=True, mode="json")
+    spec["input"]["uri"] = [storage.absolute(uri) for uri in job.input.uris]
+    spec["output"]["uri"] = storage.absolute(job.output.uri)
+    decides: dict[str, Any] = {
+        "plan": plan.digest,
+        "input": {"uri": spec["input"]["uri"], "schemas": job.input.schemas, "unreadable": job.input.unreadable},
+        "prompt": {
+            "source": job.input.source.model_dump(),
+            "system": job.input.system,
+            "chat": model.has_chat_template if job.input.chat is None else job.input.chat,
+            "sampling": job.input.sampling,
+            "too_long": job.input.too_long,
+        },
+        "weights": model.weights_digest,
+        "tokenizer": model.tokenizer_digest,
+        "chat_template": model.template_digest,
+        "sampling": job.sampling.model_dump(by_alias=True, mode="json"),
+        "output": {"prefix": job.output.prefix, "token_ids": job.output.token_ids},
+        "engine": {"kind": job.engine.kind, "max_model_len": job.engine.options.get("max_model_len")},
+    }
+    return JobRecord(job=spec, decides=decides, schema=encode_schema(schema), tool_version=importlib.metadata.version("tokenmill"))
+
+
+def store(accepted: Accepted) -> Accepted:
+    """Put job and plan into the output, or find them there from a run that was quicker. Raises JobError as `accept` does."""
+    storage.probe(accepted.out_uri)
+    for name, data in ((layout.JOB, accepted.record.to_json()), (layout.PLAN, accepted.plan.to_parquet())):
+        try:
+            storage.create_once(storage.join(accepted.out_uri, name), data)
+        except FileExistsError:
+            continue
+    there = load_record(accepted.out_uri)
+    if there is None or there.fingerprint != accepted.record.fingerprint:
+        raise JobError(f"output.uri: another job began {accepted.out_uri} just now; give this one another output")
+    return accepted
+
+
+def load_record(out_uri: str) -> JobRecord | None:
+    """The job that an output belongs to."""
+    uri = storage.join(out_uri, layout.JOB)
+    try:
+        return JobRecord.from_json(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise JobError(f"output.uri: {out_uri} is a file; give a folder") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError(f"output.uri: {uri} is damaged ({error}); choose another output") from None
+
+
+def load_plan(out_uri: str) -> Plan | None:
+    """The plan that an output was begun with."""
+    uri = storage.join(out_uri, layout.PLAN)
+    try:
+        return Plan.from_parquet(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, KeyError, TypeError) as error:
+        raise JobError(f"output.uri: {uri} is damaged ({error}); choose another output") from None
+
+
+def committed_units(out_uri: str, fingerprint: str) -> dict[int, int]:
+    """Sizes of this job's parts by unit. Raises JobError where other Parquet files lie beside them."""
+    try:
+        names = storage.list_names(out_uri)
+    except NotADirectoryError:
+        raise JobError(f"output.uri: {out_uri} is a file; give a folder") from None
+    done = {}
+    for name, size in names.items():
+        if name.startswith((".", "_")) or not name.endswith(".parquet"):
+            continue
+        match = _PART_NAME.fullmatch(name)
+        if match is None or match.group(2) != fingerprint[:8]:
+            raise JobError(
+                f"output.uri: {out_uri} holds {name}, which is not this job's (its parts end in -{fingerprint[:8]}.parquet), and readers "
+                "of the folder would mix the two; move it away, or give this job another output"
+            )
+        done[int(match.group(1))] = size
+    return done
+
+
+def _new_objects(job: JobSpec, plan: Plan) -> tuple[str, ...]:
+    known = set(plan.objects) | {uri for uri, _ in plan.skipped}
+    try:
+        return tuple(item.uri for item in list_input(job.input) if item.uri not in known)
+    except JobError:
+        return ()  # the inputs may be gone once the job is done

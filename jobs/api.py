@@ -1,0 +1,232 @@
+"""What the command line, scheduled jobs and notebooks call: run, plan, verify, status, cancel."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from typing import TextIO
+
+import yaml
+
+from jobs.accept import Accepted
+from jobs.accept import accept
+from jobs.accept import store
+from jobs.cluster.cluster import Cluster
+from jobs.driver import Driver
+from jobs.driver import Progress
+from jobs.finish import finish
+from jobs.finish import read_reports
+from jobs.progress import Display
+from jobs.progress import Speed
+from jobs.progress import SpeedMeter
+from jobs.progress import make_display
+from jobs.status import write_status
+from jobs.summary import RunResult
+from pipeline import storage
+from pipeline.profile import load_profile
+from pipeline.profile import plan_replicas
+from pipeline.profile import this_machine
+from schemas import layout
+from schemas.errors import EXIT_COMPLETE
+from schemas.errors import EXIT_DRAINED
+from schemas.errors import EXIT_LIMIT_REACHED
+from schemas.errors import EXIT_UNITS_FAILED
+from schemas.errors import JobError
+from schemas.job import JobSpec
+from schemas.job import parse_job
+from schemas.manifest import Totals
+
+_STATUS_EVERY_S = 5.0
+_EXIT_CODES = {"complete": EXIT_COMPLETE, "failed": EXIT_UNITS_FAILED, "limit": EXIT_LIMIT_REACHED, "drained": EXIT_DRAINED}
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second Ctrl-C: nothing was waited for; what was committed stays."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanReport:
+    """What a run would do."""
+
+    accepted: Accepted
+    replicas: int
+    profile: str
+
+
+def load_job_data(path: str | Path) -> dict[str, Any]:
+    """A job file's mapping, not yet checked. Raises JobError."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}; give a job file, or --model, --input, --prompt and --output") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise JobError(f"{path} holds {type(data).__name__}, expected a mapping with model, input and output")
+    return data
+
+
+def load_job(path: str | Path) -> JobSpec:
+    """Read a job file. Raises JobError."""
+    try:
+        return parse_job(load_job_data(path))
+    except JobError as error:
+        raise JobError(f"{path}:\n{error}") from None
+
+
+def plan(job: JobSpec) -> PlanReport:
+    """Check a job and say what a run would do; writes nothing, starts nothing. Raises JobError."""
+    accepted = accept(job)
+    if job.engine.kind == "simulated":
+        return PlanReport(accepted=accepted, replicas=job.cluster.replicas or 1, profile="simulated")
+    machine = this_machine()
+    profile = load_profile(job.engine.profile, machine)
+    cut = plan_replicas(profile, machine, accepted.model, replicas=job.cluster.replicas, options=job.engine.options)
+    return PlanReport(accepted=accepted, replicas=cut.replicas, profile=profile.name)
+
+
+def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
+    """Run a job to its end, or on from where an earlier run stopped.
+
+    Ctrl-C drains, a second one stops at once (StoppedAtOnce). Raises JobError before anything starts, EngineStartError
+    where no engine comes up, ForeignOutput where the output is not this job's.
+    """
+    began = time.monotonic()
+    display = make_display(stream or sys.stderr)
+    try:
+        accepted = store(accept(job))
+        _say_beginning(accepted, display)
+        storage.remove(storage.join(accepted.out_uri, layout.DRAIN))  # of an earlier run
+        if not accepted.todo:
+            finish(accepted)
+            return _result(accepted, None, None, began)
+        cluster = make_cluster(accepted)
+        try:
+            progress = _drive(accepted, cluster, display)
+        except BaseException:
+            cluster.close(at_once=True)
+            raise
+        cluster.close(at_once=progress.state != "complete")
+        if progress.state == "complete":
+            finish(accepted)
+        return _result(accepted, progress, cluster, began)
+    finally:
+        display.close()
+
+
+def make_cluster(accepted: Accepted) -> Cluster:
+    """The cluster that the job asks for; replicas come up in the background. Raises JobError."""
+    job = accepted.job
+    environment: dict[str, str] = {}
+    if job.engine.kind == "simulated":
+        from pipeline.profile import ReplicaPlan
+
+        cut = ReplicaPlan(profile="simulated", replicas=job.cluster.replicas or 1, options=dict(job.engine.options))
+    else:
+        machine = this_machine()
+        profile = load_profile(job.engine.profile, machine)
+        cut = plan_replicas(profile, machine, accepted.model, replicas=job.cluster.replicas, options=job.engine.options)
+    if job.cluster.kind == "inline":
+        from jobs.cluster.inline import InlineCluster
+
+        return InlineCluster(model=accepted.model, kind=job.engine.kind, options=cut.options)
+    from jobs.cluster.local import LocalCluster
+
+    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind, environment=environment)
+
+
+def _drive(accepted: Accepted, cluster: Cluster, display: Display) -> Progress:
+    driver, meter = Driver(accepted, cluster), SpeedMeter()
+    next_status = 0.0
+
+    def on_tick(progress: Progress) -> None:
+        nonlocal next_status
+        while progress.notes:
+            display.say(progress.notes.pop(0))
+        speed = meter.measure(progress)
+        display.update(progress, speed)
+        if time.monotonic() >= next_status:
+            next_status = time.monotonic() + _STATUS_EVERY_S
+            write_status(accepted.out_uri, progress, speed)
+
+    if cluster.dashboard:
+        display.say(f"Dask dashboard: {cluster.dashboard}")
+    with _interrupts(driver, display):
+        try:
+            return driver.run(on_tick)
+        finally:
+            if driver.progress.state in ("starting", "running", "draining"):
+                driver.progress.state = "failed"  # only an exception leaves it so
+            write_status(accepted.out_uri, driver.progress, Speed())
+
+
+@contextlib.contextmanager
+def _interrupts(driver: Driver, display: Display) -> Iterator[None]:
+    """The first SIGINT or SIGTERM drains, the second stops at once. Only the main thread can be asked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise StoppedAtOnce
+        driver.drain()
+        driver.progress.notes.append(
+            f"draining: {driver.progress.units_in_flight} units in flight will be finished and committed; Ctrl-C again stops at once"
+        )
+
+    before: list[tuple[int, Callable[..., Any] | int | None]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before.append((number, signal.signal(number, on_signal)))
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _say_beginning(accepted: Accepted, display: Display) -> None:
+    plan_ = accepted.plan
+    display.say(f"job {accepted.job.name} ({accepted.record.fingerprint[:8]}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}")
+    if accepted.begun:
+        display.say(f"begun by an earlier run: {len(accepted.done)} of {len(plan_.units)} units are done and stay as they are")
+    for uri in accepted.changed_objects[:5]:
+        display.say(f"changed or gone since the plan was made: {uri}; its units will fail until the planned object is back")
+    for uri, reason in plan_.skipped[:5]:
+        display.say(f"left out: {uri}: {reason}")
+
+
+def _result(accepted: Accepted, progress: Progress | None, cluster: Cluster | None, began: float) -> RunResult:
+    totals = Totals()
+    for report, _, _ in read_reports(accepted):
+        totals.add(report)
+    state = progress.state if progress else "complete"
+    replicas = progress.replicas if progress else []
+    return RunResult(
+        state=state,
+        exit_code=_EXIT_CODES[state],
+        out_uri=accepted.out_uri,
+        fingerprint=accepted.record.fingerprint,
+        units=len(accepted.plan.units),
+        rows=accepted.plan.num_rows,
+        totals=totals,
+        this_run=progress.totals if progress else Totals(),
+        wall_s=time.monotonic() - began,
+        start_s=cluster.start_seconds() if cluster else {},
+        busy_s={replica.name: replica.busy_s for replica in replicas},
+        idle_s={replica.name: replica.idle_s for replica in replicas},
+        failed=progress.failed if progress else {},
+        retries=progress.retries if progress else 0,
+        new_objects=accepted.new_objects,
+        skipped=accepted.plan.skipped,
+    )

@@ -1,0 +1,56 @@
+"""Cluster: who runs units. The seam that every backend fills and that the driver knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from typing import Protocol
+
+from schemas.unit import WorkUnit
+
+Result = dict[str, Any] | BaseException
+"""What Replica.run returned, or what it raised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaState:
+    """One ready replica, as last heard of. Counts are since its engine came up; see EngineCounters."""
+
+    name: str
+    window_rows: int
+    rows: int = 0
+    completion_tokens: int = 0
+    prompt_tokens: int = 0
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+    in_flight: int = 0
+
+
+class Cluster(Protocol):
+    """Runs units on replicas."""
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of a live view, where there is one."""
+        ...
+
+    def replicas(self) -> list[ReplicaState]:
+        """Those ready now. Raises EngineStartError once it is clear that none will be."""
+        ...
+
+    def submit(self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None]) -> None:
+        """Run a unit somewhere; `done` is called once, from any thread."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What happened to replicas since the last call, for the user: started, lost, restarted."""
+        ...
+
+    def start_seconds(self) -> dict[str, float]:
+        """Seconds that each replica took to come up."""
+        ...
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End every process. At once: without waiting for anything."""
+        ...

@@ -1,0 +1,202 @@
+"""Run an accepted job on a cluster: keep the replicas fed, collect reports, try again, drain. Decisions are pure functions."""
+
+from __future__ import annotations
+
+import heapq
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Literal
+
+from jobs.accept import Accepted
+from jobs.cluster.cluster import Cluster
+from jobs.cluster.cluster import ReplicaState
+from jobs.cluster.cluster import Result
+from pipeline import storage
+from schemas import layout
+from schemas.errors import ForeignOutput
+from schemas.manifest import Totals
+from schemas.manifest import UnitReport
+from schemas.unit import WorkUnit
+
+State = Literal["starting", "running", "draining", "complete", "failed", "limit", "drained"]
+
+_TICK_S = 0.25
+_CONTROL_EVERY_S = 2.0
+_BACKOFF_S = 1.0
+_MIN_UNITS_PER_REPLICA = 2
+_MAX_NOTES = 50
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the driver knows at this moment. Owned by the driver; others read."""
+
+    state: State
+    total_units: int
+    total_rows: int
+    done_before: int
+    """Units that an earlier run had committed."""
+    rows_before: int
+    totals: Totals = field(default_factory=Totals)
+    """Of this run."""
+    replicas: list[ReplicaState] = field(default_factory=list)
+    units_in_flight: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+    """Why a unit was given up, by unit."""
+    retries: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    began_at: float = 0.0
+    """Unix seconds."""
+    dashboard: str | None = None
+    notes: list[str] = field(default_factory=list)
+    """What the user should hear, in order; whoever shows them takes them out."""
+
+
+def may_submit(units_in_flight: int, rows_in_flight: int, replicas: Sequence[ReplicaState]) -> bool:
+    """Whether one more unit keeps the replicas busy, rather than only waiting on one of them.
+
+    Enough rows to fill every replica's window, and two units a replica, so that the next one's reading overlaps.
+    """
+    window_rows = sum(replica.window_rows for replica in replicas)
+    return bool(replicas) and (rows_in_flight < window_rows or units_in_flight < _MIN_UNITS_PER_REPLICA * len(replicas))
+
+
+def next_step(error: BaseException, attempt: int, max_attempts: int) -> Literal["retry", "give_up", "stop"]:
+    """What a unit's failure leads to."""
+    if isinstance(error, ForeignOutput):
+        return "stop"
+    return "retry" if attempt < max_attempts else "give_up"
+
+
+class Driver:
+    """One run of one job. `run` is called once; `drain` from anywhere."""
+
+    def __init__(self, accepted: Accepted, cluster: Cluster, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._accepted, self._cluster, self._clock = accepted, cluster, clock
+        self._job = accepted.job
+        self._ready: list[WorkUnit] = list(reversed(accepted.todo))
+        self._later: list[tuple[float, int, WorkUnit, int]] = []  # (when, unit index, unit, attempt): a heap
+        self._flying: dict[int, tuple[WorkUnit, int]] = {}
+        self._finished: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
+        self._drain = threading.Event()
+        self._stop: BaseException | None = None
+        self._rows_in_flight = 0
+        self._next_control = 0.0
+        plan = accepted.plan
+        self.progress = Progress(
+            state="starting",
+            total_units=len(plan.units),
+            total_rows=plan.num_rows,
+            done_before=len(accepted.done),
+            rows_before=sum(unit.num_rows for unit in plan.units if unit.index in accepted.done),
+            began_at=time.time(),
+            dashboard=cluster.dashboard,
+        )
+
+    def drain(self) -> None:
+        """Start no further unit; those in flight finish and are committed."""
+        self._drain.set()
+
+    def run(self, on_tick: Callable[[Progress], None] = lambda _: None) -> Progress:
+        """Until everything is committed or given up, or the drain is done. Raises ForeignOutput and EngineStartError."""
+        progress = self.progress
+        while True:
+            self._look_around()
+            self._submit()
+            if not self._flying and (self._drain.is_set() or not (self._ready or self._later)):
+                break
+            self._collect()
+            on_tick(progress)
+        if self._stop is not None:
+            raise self._stop
+        progress.state = self._final_state()
+        on_tick(progress)
+        return progress
+
+    def _final_state(self) -> State:
+        if self.progress.failed:
+            return "failed"
+        if not (self._ready or self._later):
+            return "complete"
+        return "limit" if self._over_limit() else "drained"
+
+    def _over_limit(self) -> bool:
+        limit = self._job.limits.error_rows
+        return limit is not None and self.progress.totals.error_rows > limit
+
+    def _look_around(self) -> None:
+        progress, now = self.progress, self._clock()
+        progress.replicas = self._cluster.replicas()
+        for note in self._cluster.notes():
+            self._say(note)
+        if progress.state == "starting" and progress.replicas:
+            progress.state = "running"
+        if now >= self._next_control and not self._drain.is_set():
+            self._next_control = now + _CONTROL_EVERY_S
+            if storage.exists(storage.join(self._accepted.out_uri, layout.DRAIN)):
+                self._say("`tokenmill cancel` asked this job to drain")
+                self.drain()
+        if self._over_limit() and not self._drain.is_set():
+            self._say(f"limits.error_rows is {self._job.limits.error_rows}, and {progress.totals.error_rows} rows came out as errors: draining")
+            self.drain()
+        if self._drain.is_set() and progress.state in ("starting", "running"):
+            progress.state = "draining"
+        while self._later and self._later[0][0] <= now and not self._drain.is_set():
+            _, _, unit, attempt = heapq.heappop(self._later)
+            self._fly(unit, attempt)
+
+    def _submit(self) -> None:
+        while self._ready and not self._drain.is_set() and may_submit(len(self._flying), self._rows_in_flight, self.progress.replicas):
+            self._fly(self._ready.pop(), 1)
+
+    def _fly(self, unit: WorkUnit, attempt: int) -> None:
+        self._flying[unit.index] = (unit, attempt)
+        self._rows_in_flight += unit.num_rows
+        self.progress.units_in_flight = len(self._flying)
+
+        def done(result: Result) -> None:
+            self._finished.put((unit.index, result))
+
+        self._cluster.submit(self._accepted.out_uri, self._accepted.record.fingerprint, unit, attempt, done)
+
+    def _collect(self) -> None:
+        """Wait a tick for results; take all that are there."""
+        try:
+            index, result = self._finished.get(timeout=_TICK_S)
+            while True:
+                self._take(index, result)
+                index, result = self._finished.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, index: int, result: Result) -> None:
+        unit, attempt = self._flying.pop(index)
+        self._rows_in_flight -= unit.num_rows
+        progress = self.progress
+        progress.units_in_flight = len(self._flying)
+        if not isinstance(result, BaseException):
+            progress.totals.add(UnitReport(**result["report"]))
+            progress.outcomes[result["outcome"]] = progress.outcomes.get(result["outcome"], 0) + 1
+            return
+        reason = f"{type(result).__name__}: {result}"
+        step = next_step(result, attempt, self._job.limits.attempts)
+        if step == "retry":
+            wait_s = _BACKOFF_S * 2 ** (attempt - 1)
+            progress.retries += 1
+            self._say(f"unit {index} failed (attempt {attempt} of {self._job.limits.attempts}), again in {wait_s:.0f} s: {reason}")
+            heapq.heappush(self._later, (self._clock() + wait_s, index, unit, attempt + 1))
+        else:
+            self._say(f"unit {index} is given up: {reason}")
+            progress.failed[index] = reason
+            if step == "stop":
+                self._stop = result
+                self.drain()
+
+    def _say(self, note: str) -> None:
+        self.progress.notes.append(note)
+        del self.progress.notes[:-_MAX_NOTES]

@@ -1,0 +1,64 @@
+"""Close a job: check every part, write the manifest, and only then _SUCCESS."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow.parquet as pq
+
+from jobs.accept import Accepted
+from jobs.accept import committed_units
+from pipeline import storage
+from pipeline.commit import read_report
+from schemas import layout
+from schemas.errors import ForeignOutput
+from schemas.errors import UnitError
+from schemas.manifest import UnitReport
+from schemas.manifest import manifest_table
+
+_THREADS = 16
+
+
+def read_reports(accepted: Accepted) -> Iterator[tuple[UnitReport, str, int]]:
+    """Every committed part's report, name and size in bytes, by unit. Raises ForeignOutput where a part is not what its name says."""
+    sizes = committed_units(accepted.out_uri, accepted.record.fingerprint)
+    units = {unit.index: unit for unit in accepted.plan.units}
+
+    def read(index: int) -> tuple[UnitReport, str, int]:
+        name = units[index].part_name(accepted.record.fingerprint)
+        report = read_report(storage.join(accepted.out_uri, name))
+        expected = (index, accepted.record.fingerprint, units[index].num_rows)
+        if (report.unit, report.fingerprint, report.rows) != expected:
+            raise ForeignOutput(
+                f"{name} says unit {report.unit} of job {report.fingerprint[:8]} with {report.rows} rows; the plan has unit {index} "
+                f"of {accepted.record.fingerprint[:8]} with {units[index].num_rows}; remove it and run the job again"
+            )
+        return report, name, sizes[index]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(read, sorted(set(sizes) & set(units)))
+
+
+def finish(accepted: Accepted) -> None:
+    """Raises UnitError where a unit has no part."""
+    parts = list(read_reports(accepted))
+    missing = sorted({unit.index for unit in accepted.plan.units} - {report.unit for report, _, _ in parts})
+    if missing:
+        raise UnitError(f"{len(missing)} units have no part, the first is unit {missing[0]}; run the job again")
+    metadata = {
+        b"tokenmill.fingerprint": accepted.record.fingerprint.encode(),
+        b"tokenmill.decides": json.dumps(accepted.record.decides).encode(),
+        b"tokenmill.version": accepted.record.tool_version.encode(),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(manifest_table(parts, metadata), buffer, compression="zstd")
+    storage.sweep_temporaries(accepted.out_uri)
+    success = json.dumps({"fingerprint": accepted.record.fingerprint, "units": len(parts), "rows": accepted.plan.num_rows})
+    for name, data in ((layout.MANIFEST, buffer.getvalue()), (layout.SUCCESS, success.encode())):
+        try:
+            storage.create_once(storage.join(accepted.out_uri, name), data)
+        except FileExistsError:
+            continue  # an earlier run closed the job: parts never change, so neither does this

@@ -1,0 +1,287 @@
+"""Input objects in, WorkUnits out. Deterministic: the same objects and job give the same units. Reads footers, never rows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.prompts import prompt_columns
+from pipeline.read import identity_of
+from pipeline.read import open_parquet
+from schemas.errors import JobError
+from schemas.job import InputSpec
+from schemas.job import JobSpec
+from schemas.unit import RowRange
+from schemas.unit import WorkUnit
+
+_BYTES_PER_TOKEN = 4  # of English text in Llama tokenizers; only sizes units
+_MIN_UNITS = 32
+"""A table is cut at least this fine, so that replicas finish together and a lost worker costs little."""
+_MAX_UNIT_TOKENS = 4_000_000
+"""Prompt plus max_tokens: five to fifteen minutes of one GPU replica."""
+_MAX_UNIT_BYTES = 64 << 20
+_MIN_UNIT_ROWS = 16
+_FOOTER_THREADS = 16
+
+_PLAN_SCHEMA = pa.schema(
+    [
+        ("unit", pa.int64()),
+        ("uri", pa.string()),
+        ("identity", pa.string()),
+        ("row_start", pa.int64()),
+        ("row_stop", pa.int64()),
+        ("position", pa.int64()),
+    ]
+)
+_META_SKIPPED = b"tokenmill.skipped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowGroup:
+    """Sizes of one row group, uncompressed."""
+
+    num_rows: int
+    size_bytes: int
+    prompt_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputObject:
+    """One input file and what its footer says."""
+
+    uri: str
+    identity: str
+    row_groups: tuple[RowGroup, ...]
+    schema: pa.Schema
+
+    @property
+    def num_rows(self) -> int:
+        return sum(group.num_rows for group in self.row_groups)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All units of a job, in input order."""
+
+    units: tuple[WorkUnit, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Objects that give no rows, each with the reason."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(unit.num_rows for unit in self.units)
+
+    @property
+    def objects(self) -> dict[str, str]:
+        """Identity by URI."""
+        return {rows.uri: rows.identity for unit in self.units for rows in unit.ranges}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([unit.to_dict() for unit in self.units]).encode()).hexdigest()
+
+    def to_parquet(self) -> bytes:
+        rows = []
+        for unit in self.units:
+            for part in unit.ranges or (RowRange(uri="", identity="", row_start=0, row_stop=0, position=0),):
+                rows.append(
+                    {
+                        "unit": unit.index,
+                        "uri": part.uri,
+                        "identity": part.identity,
+                        "row_start": part.row_start,
+                        "row_stop": part.row_stop,
+                        "position": part.position,
+                    }
+                )
+        table = pa.Table.from_pylist(rows, schema=_PLAN_SCHEMA)
+        table = table.replace_schema_metadata({_META_SKIPPED: json.dumps(self.skipped).encode()})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        return buffer.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> Plan:
+        table = pq.read_table(io.BytesIO(data))
+        ranges: dict[int, list[RowRange]] = {}
+        for row in table.to_pylist():
+            unit = ranges.setdefault(row.pop("unit"), [])
+            if row["uri"]:
+                unit.append(RowRange(**row))
+        skipped = tuple((uri, reason) for uri, reason in json.loads((table.schema.metadata or {}).get(_META_SKIPPED, b"[]")))
+        units = tuple(WorkUnit(index=index, ranges=tuple(parts)) for index, parts in sorted(ranges.items()))
+        return cls(units=units, skipped=skipped)
+
+
+def list_input(spec: InputSpec) -> list[storage.ObjectInfo]:
+    """Every input object once, in the order of the URIs given. Raises JobError where a URI names nothing."""
+    found: dict[str, storage.ObjectInfo] = {}
+    for uri in spec.uris:
+        for item in storage.list_objects(storage.absolute(uri)):
+            found.setdefault(item.uri, item)
+    return list(found.values())
+
+
+def make_plan(job: JobSpec) -> tuple[Plan, pa.Schema]:
+    """Look at every input object and cut the table. Raises JobError naming file and field."""
+    wanted = set(prompt_columns(job.input))
+    listed = list_input(job.input)
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        outcomes = list(pool.map(lambda item: _look_at(item.uri, wanted), listed))
+    objects = [item for item in outcomes if isinstance(item, InputObject)]
+    skipped = [item for item in outcomes if isinstance(item, tuple)]
+    if skipped and job.input.unreadable == "refuse":
+        uri, reason = skipped[0]
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        raise JobError(f"input.uri: {uri}: {reason}{more}; repair or remove it, or set input.unreadable: skip to leave such files out")
+    if not objects:
+        raise JobError(f"input.uri: none of the {len(skipped)} files can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
+    schema = common_schema(objects, job.input)
+    skipped += [(item.uri, "it has no rows") for item in objects if not item.num_rows]
+    return Plan(units=cut(objects, max_tokens=job.sampling.max_tokens), skipped=tuple(skipped)), schema
+
+
+def _look_at(uri: str, wanted: set[str]) -> InputObject | tuple[str, str]:
+    """The object, or its URI and why it cannot be read."""
+    try:
+        identity = identity_of(uri)
+        with open_parquet(uri) as parquet:
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+            return InputObject(uri=uri, identity=identity, row_groups=_row_groups(metadata, wanted), schema=schema)
+    except (pa.ArrowException, OSError) as error:
+        return uri, f"cannot be read as Parquet: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def _row_groups(metadata: pq.FileMetaData, wanted: set[str]) -> tuple[RowGroup, ...]:
+    groups = []
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        columns = [group.column(number) for number in range(group.num_columns)]
+        prompt = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".", 1)[0] in wanted)
+        groups.append(RowGroup(num_rows=group.num_rows, size_bytes=group.total_byte_size, prompt_bytes=prompt))
+    return tuple(groups)
+
+
+def common_schema(objects: Sequence[InputObject], spec: InputSpec) -> pa.Schema:
+    """The one schema of all objects, or their union where asked for. Raises JobError naming file and field."""
+    first = objects[0]
+    different = [item for item in objects if not item.schema.equals(first.schema)]
+    if not different:
+        return first.schema
+    if spec.schemas == "same":
+        other = different[0]
+        raise JobError(
+            f"input.uri: {other.uri} has another schema than {first.uri}: {_difference(first.schema, other.schema)}; "
+            "set input.schemas: unify to read their union"
+        )
+    try:
+        return pa.unify_schemas([item.schema for item in objects], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise JobError(f"input.uri: the schemas have no union: {error}") from None
+
+
+def _difference(first: pa.Schema, other: pa.Schema) -> str:
+    for field in first:
+        if field.name not in other.names:
+            return f"it lacks column {field.name!r}"
+        kind = other.field(field.name).type
+        if kind != field.type:
+            return f"its column {field.name!r} is {kind}, expected {field.type}"
+    extra = [name for name in other.names if name not in first.names]
+    return f"it also has column {extra[0]!r}" if extra else f"its columns are in another order: {', '.join(other.names)}"
+
+
+def cut(objects: Iterable[InputObject], *, max_tokens: int) -> tuple[WorkUnit, ...]:
+    """Row ranges of about equal work: small objects are joined, a giant row group is split."""
+    objects = list(objects)
+    groups = [group for item in objects for group in item.row_groups]
+    total = sum(_tokens(group, max_tokens) for group in groups)
+    target = min(total / _MIN_UNITS, _MAX_UNIT_TOKENS)
+    maker = _Maker(target_tokens=target, max_tokens=max_tokens)
+    for item in objects:
+        maker.add(item)
+    return maker.finish()
+
+
+def _tokens(group: RowGroup, max_tokens: int) -> float:
+    return group.prompt_bytes / _BYTES_PER_TOKEN + group.num_rows * max_tokens
+
+
+class _Maker:
+    """Fills one unit after the other. Owns the unit being filled."""
+
+    def __init__(self, *, target_tokens: float, max_tokens: int) -> None:
+        self._target_tokens, self._max_tokens = target_tokens, max_tokens
+        self._units: list[WorkUnit] = []
+        self._ranges: list[RowRange] = []
+        self._rows = self._position = 0
+        self._tokens = self._bytes = 0.0
+
+    def add(self, item: InputObject) -> None:
+        start = 0
+        for group in item.row_groups:
+            if not group.num_rows:
+                continue
+            row_tokens = _tokens(group, self._max_tokens) / group.num_rows
+            row_bytes = group.size_bytes / group.num_rows
+            left = group.num_rows
+            while left:
+                taken = min(left, self._room(row_tokens, row_bytes))
+                self._take(item, start, taken)
+                self._tokens += taken * row_tokens
+                self._bytes += taken * row_bytes
+                start, left = start + taken, left - taken
+                if self._room(row_tokens, row_bytes) < 1:
+                    self._close()
+
+    def finish(self) -> tuple[WorkUnit, ...]:
+        if self._ranges or not self._units:  # a table without rows still gets one part, which carries the schema
+            self._close()
+        return tuple(self._units)
+
+    def _room(self, row_tokens: float, row_bytes: float) -> int:
+        by_tokens = max((self._target_tokens - self._tokens) / row_tokens, _MIN_UNIT_ROWS - self._rows)
+        by_bytes = (_MAX_UNIT_BYTES - self._bytes) / max(row_bytes, 1.0)
+        room = int(min(by_tokens, by_bytes))
+        return max(room, 0 if self._rows else 1)  # one row is taken however large
+
+    def _take(self, item: InputObject, start: int, num_rows: int) -> None:
+        last = self._ranges[-1] if self._ranges else None
+        if last is not None and last.uri == item.uri and last.row_stop == start:
+            self._ranges[-1] = replace(last, row_stop=start + num_rows)
+        else:
+            rows = RowRange(uri=item.uri, identity=item.identity, row_start=start, row_stop=start + num_rows, position=self._position)
+            self._ranges.append(rows)
+        self._rows += num_rows
+        self._position += num_rows
+
+    def _close(self) -> None:
+        self._units.append(WorkUnit(index=len(self._units), ranges=tuple(self._ranges)))
+        self._ranges, self._rows = [], 0
+        self._tokens = self._bytes = 0.0
+
+
+def changed_since(plan: Plan, now: Callable[[str], str] = identity_of) -> list[str]:
+    """Planned objects that are gone or not the same any more."""
+
+    def is_changed(item: tuple[str, str]) -> bool:
+        uri, planned = item
+        try:
+            return now(uri) != planned
+        except (pa.ArrowException, OSError):
+            return True
+
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        flags = list(pool.map(is_changed, plan.objects.items()))
+    return [uri for uri, flag in zip(plan.objects, flags, strict=True) if flag]

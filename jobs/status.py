@@ -1,0 +1,104 @@
+"""How a job stands, from storage alone: parts by listing, the rest as the driver last said."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.accept import committed_units
+from jobs.accept import load_plan
+from jobs.accept import load_record
+from jobs.driver import Progress
+from jobs.progress import Speed
+from pipeline import storage
+from schemas import layout
+from schemas.errors import JobError
+
+STALE_AFTER_S = 60.0
+"""A driver that runs says so every few seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """What storage knows of a job."""
+
+    name: str
+    fingerprint: str
+    out_uri: str
+    state: str
+    """The driver's last word; `interrupted` where it stopped speaking, `new` where none ever ran."""
+    units_done: int
+    units: int
+    rows_done: int
+    rows: int
+    said: dict[str, Any]
+    """The driver's last status.json; empty where there is none."""
+    age_s: float | None
+    """How old that is."""
+
+
+def write_status(out_uri: str, progress: Progress, speed: Speed) -> None:
+    """What `tokenmill status` shows from elsewhere."""
+    totals = progress.totals
+    said = {
+        "state": progress.state,
+        "updated_at": time.time(),
+        "began_at": progress.began_at,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "units_done": progress.done_before + totals.units,
+        "rows_done": progress.rows_before + totals.rows,
+        "error_rows": totals.error_rows,
+        "prompt_tokens": totals.prompt_tokens,
+        "completion_tokens": totals.completion_tokens,
+        "output_tokens_per_s": round(speed.tokens_per_s, 1),
+        "eta_s": None if speed.eta_s is None else round(speed.eta_s),
+        "failed_units": {str(unit): reason for unit, reason in list(progress.failed.items())[:10]},
+        "replicas": [asdict(replica) for replica in progress.replicas],
+        "dashboard": progress.dashboard,
+    }
+    storage.replace(storage.join(out_uri, layout.STATUS), json.dumps(said).encode())
+
+
+def read_status(out_uri: str, *, now: float | None = None) -> Status:
+    """Raises JobError where there is no job."""
+    out_uri = storage.absolute(out_uri)
+    record, plan = load_record(out_uri), load_plan(out_uri)
+    if record is None or plan is None:
+        raise JobError(f"{out_uri} holds no job ({layout.JOB} is missing); give the folder that a job writes to")
+    done = committed_units(out_uri, record.fingerprint)
+    try:
+        said: dict[str, Any] = json.loads(storage.read_bytes(storage.join(out_uri, layout.STATUS)))
+    except (FileNotFoundError, ValueError):
+        said = {}
+    age_s = (now or time.time()) - said["updated_at"] if said else None
+    state = said.get("state", "new")
+    if state in ("starting", "running", "draining") and age_s is not None and age_s > STALE_AFTER_S:
+        state = "interrupted"
+    if storage.exists(storage.join(out_uri, layout.SUCCESS)):
+        state = "complete"
+    return Status(
+        name=record.spec.name,
+        fingerprint=record.fingerprint,
+        out_uri=out_uri,
+        state=state,
+        units_done=len(done),
+        units=len(plan.units),
+        rows_done=sum(unit.num_rows for unit in plan.units if unit.index in done),
+        rows=plan.num_rows,
+        said=said,
+        age_s=age_s,
+    )
+
+
+def cancel(out_uri: str) -> str:
+    """Ask the job's driver to drain; it looks every few seconds. Returns the job's state. Raises JobError where there is no job."""
+    status = read_status(out_uri)
+    if status.state in ("starting", "running", "draining"):
+        storage.replace(storage.join(status.out_uri, layout.DRAIN), b"")
+    return status.state

@@ -1,0 +1,129 @@
+"""What a run came to, as tables for a person. Reads reports; writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+from rich.console import Console
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jobs.progress import seconds_words
+from schemas.manifest import Totals
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """How a run ended. `totals` counts the whole output, `this_run` what this run added."""
+
+    state: str
+    exit_code: int
+    out_uri: str
+    fingerprint: str
+    units: int
+    rows: int
+    totals: Totals
+    this_run: Totals
+    wall_s: float
+    """From the call to the end."""
+    start_s: dict[str, float] = field(default_factory=dict)
+    """Seconds each replica took to come up."""
+    busy_s: dict[str, float] = field(default_factory=dict)
+    """Seconds each replica's engine had rows in it."""
+    idle_s: dict[str, float] = field(default_factory=dict)
+    """Seconds each replica's engine was up and waited for rows."""
+    failed: dict[int, str] = field(default_factory=dict)
+    retries: int = 0
+    new_objects: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def generate_s(self) -> float:
+        """From this run's first read to its last commit."""
+        if self.this_run.started_at is None or self.this_run.finished_at is None:
+            return 0.0
+        return self.this_run.finished_at - self.this_run.started_at
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.this_run.completion_tokens / self.generate_s if self.generate_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json: plain data."""
+        return {
+            "state": self.state,
+            "exit_code": self.exit_code,
+            "output": self.out_uri,
+            "fingerprint": self.fingerprint,
+            "rows": self.rows,
+            "rows_done": self.totals.rows,
+            "error_rows": self.totals.error_rows,
+            "errors": self.totals.errors,
+            "finish_reasons": self.totals.finish_reasons,
+            "prompt_tokens": self.totals.prompt_tokens,
+            "completion_tokens": self.totals.completion_tokens,
+            "this_run": {
+                "rows": self.this_run.rows,
+                "prompt_tokens": self.this_run.prompt_tokens,
+                "completion_tokens": self.this_run.completion_tokens,
+                "wall_s": round(self.wall_s, 2),
+                "generate_s": round(self.generate_s, 2),
+                "output_tokens_per_s": round(self.output_tokens_per_s, 1),
+                "unit_seconds": {kind: round(seconds, 2) for kind, seconds in self.this_run.seconds.items()},
+            },
+            "start_s": self.start_s,
+            "busy_s": self.busy_s,
+            "idle_s": self.idle_s,
+            "failed_units": self.failed,
+            "retries": self.retries,
+        }
+
+
+def print_summary(result: RunResult, console: Console, resume_command: str) -> None:
+    """The table at the end, the errors, and what to do next."""
+    totals, run = result.totals, result.this_run
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("state", Text(result.state, style="green" if result.exit_code == 0 else "yellow"))
+    table.add_row("rows", f"{totals.rows:,} of {result.rows:,} in {totals.units} of {result.units} units")
+    good = totals.rows - totals.error_rows
+    table.add_row("completions", f"{good:,} ({_counts({k: v for k, v in totals.finish_reasons.items() if k != 'error'})})")
+    table.add_row("error rows", f"{totals.error_rows:,}" + (f" ({_counts(totals.errors)})" if totals.errors else ""))
+    table.add_row("tokens", f"{totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} output")
+    if run.rows:
+        whole = run.prompt_tokens + run.completion_tokens
+        per_s = whole / result.generate_s if result.generate_s else 0.0
+        table.add_row("speed", f"{result.output_tokens_per_s:,.1f} output tokens/s, {per_s:,.1f} with prompts, over {seconds_words(result.generate_s)}")
+    table.add_row("this run", f"{run.rows:,} rows in {seconds_words(result.wall_s)}" + (f", {result.retries} retries" if result.retries else ""))
+    for name in sorted(result.start_s):
+        busy, idle = result.busy_s.get(name, 0.0), result.idle_s.get(name, 0.0)
+        table.add_row(f"replica {name}", f"start {result.start_s[name]:.1f} s, engine busy {busy:.1f} s, waiting for rows {idle:.1f} s")
+    table.add_row("output", result.out_uri)
+    console.print(Group(Text("\n" + "Summary", style="bold"), table), highlight=False)
+    if totals.examples:
+        errors = Table("kind", "rows", "for example row", "message", title="Error rows", title_justify="left")
+        for example in totals.examples:
+            kind = example["kind"]
+            errors.add_row(kind, str(totals.errors.get(kind, 0)), str(example["row"]), Text(example["message"]))
+        console.print(errors)
+    for index, reason in list(result.failed.items())[:5]:
+        console.print(f"unit {index} failed: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for uri, reason in result.skipped[:5]:
+        console.print(f"left out {uri}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if result.new_objects:
+        console.print(
+            f"{len(result.new_objects)} new input objects were not taken, since the plan is older (the first: {result.new_objects[0]}); "
+            "give them an output of their own",
+            markup=False,
+            highlight=False,
+        )
+    if result.exit_code:
+        console.print(f"to go on: {resume_command}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(f"proof: tokenmill verify {result.out_uri}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "none"

@@ -1,0 +1,137 @@
+"""Prove an output: every input row there once, in order, with its columns. Compares content, not counts; streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import field
+
+import pyarrow as pa
+
+from jobs.accept import committed_units
+from jobs.accept import load_plan
+from jobs.accept import load_record
+from pipeline import storage
+from pipeline.commit import read_report
+from pipeline.read import open_parquet
+from pipeline.read import read_unit
+from schemas import layout
+from schemas.completions import output_schema
+from schemas.errors import JobError
+from schemas.errors import TokenmillError
+from schemas.record import JobRecord
+from schemas.unit import WorkUnit
+
+_BATCH_ROWS = 4096
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found. Complete only without problems."""
+
+    rows_expected: int
+    rows_proven: int = 0
+    error_rows: int = 0
+    units: int = 0
+    problems: list[str] = field(default_factory=list)
+    """Each names the object and the rows."""
+
+    @property
+    def complete(self) -> bool:
+        return not self.problems and self.rows_proven == self.rows_expected
+
+
+def verify(out_uri: str) -> Verdict:
+    """Read inputs and parts side by side. Raises JobError where there is no job."""
+    out_uri = storage.absolute(out_uri)
+    record, plan = load_record(out_uri), load_plan(out_uri)
+    if record is None or plan is None:
+        raise JobError(f"{out_uri} holds no job ({layout.JOB} is missing); give the folder that a job writes to")
+    verdict = Verdict(rows_expected=plan.num_rows, units=len(plan.units))
+    if plan.digest != record.decides["plan"]:
+        verdict.problems.append(f"{layout.PLAN} is not the plan that {layout.JOB} names; it was replaced or damaged")
+    try:
+        done = committed_units(out_uri, record.fingerprint)
+    except JobError as error:
+        verdict.problems.append(str(error))
+        done = {}
+    verdict.problems += [f"part of unit {index}, which the plan does not have" for index in sorted(set(done) - set(range(len(plan.units))))]
+    for unit in plan.units:
+        _verify_unit(unit, out_uri, record, done, verdict)
+    if not verdict.problems and not storage.exists(storage.join(out_uri, layout.SUCCESS)):
+        verdict.problems.append(f"every row is there, but {layout.SUCCESS} is missing; run the job again to close it")
+    return verdict
+
+
+def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, done: dict[int, int], verdict: Verdict) -> None:
+    name = unit.part_name(record.fingerprint)
+    rows = f"rows {unit.position} to {unit.position + unit.num_rows}"
+    if unit.index not in done:
+        verdict.problems.append(f"lost: {rows} ({name} is missing); run the job again")
+        return
+    uri = storage.join(out_uri, name)
+    try:
+        report = read_report(uri)
+        if (report.unit, report.fingerprint) != (unit.index, record.fingerprint):
+            verdict.problems.append(f"foreign: {name} says it is unit {report.unit} of job {report.fingerprint[:8]}")
+            return
+        problem = _compare(unit, uri, record)
+    except (pa.ArrowException, OSError, TokenmillError) as error:
+        problem = str(error)
+    if problem is None:
+        verdict.rows_proven += unit.num_rows
+        verdict.error_rows += report.error_rows
+    else:
+        verdict.problems.append(f"{name} ({rows}): {problem}")
+
+
+def _compare(unit: WorkUnit, uri: str, record: JobRecord) -> str | None:
+    """The first difference between a part and its input rows, or None."""
+    expected_schema = output_schema(record.input_schema, record.spec)
+    names = record.input_schema.names
+    with open_parquet(uri) as part:
+        if not part.schema_arrow.equals(expected_schema):
+            return f"its columns are {part.schema_arrow.names}, expected {expected_schema.names} in the plan's types"
+        if part.metadata.num_rows != unit.num_rows:
+            kind = "doubled" if part.metadata.num_rows > unit.num_rows else "lost"
+            return f"{kind} rows: it has {part.metadata.num_rows}, the plan {unit.num_rows}"
+        written = _Rows(part.iter_batches(batch_size=_BATCH_ROWS))
+        for position, batch in read_unit(unit, record.input_schema, _BATCH_ROWS):
+            found = written.take(batch.num_rows)
+            if found is None:
+                return f"lost rows from {position} on"
+            for number, name in enumerate(names):
+                theirs, ours = found.column(number).combine_chunks(), pa.chunked_array([batch.column(number)]).combine_chunks()
+                if not _same(ours, theirs):
+                    row = next(index for index in range(batch.num_rows) if not _same(ours.slice(index, 1), theirs.slice(index, 1)))
+                    return f"changed: column {name!r} of row {position + row} is not the input's"
+    return None
+
+
+def _same(ours: pa.Array, theirs: pa.Array) -> bool:
+    """Equal values, NaN being equal to itself. Dictionary columns by their values: chunks may have different dictionaries."""
+    if pa.types.is_dictionary(ours.type):
+        ours, theirs = ours.dictionary_decode(), theirs.dictionary_decode()
+    # Two NaNs are unequal to Arrow, but their text is the same.
+    return bool(ours.equals(theirs)) or (repr(ours.to_pylist()) == repr(theirs.to_pylist()))
+
+
+class _Rows:
+    """Re-cuts a stream of batches to the sizes asked for."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches, self._held, self._num_held = batches, list[pa.RecordBatch](), 0
+
+    def take(self, num_rows: int) -> pa.Table | None:
+        while self._num_held < num_rows:
+            batch = next(self._batches, None)
+            if batch is None:
+                return None
+            self._held.append(batch)
+            self._num_held += batch.num_rows
+        table = pa.Table.from_batches(self._held)
+        self._held = table.slice(num_rows).to_batches()
+        self._num_held -= num_rows
+        return table.slice(0, num_rows)
+
+

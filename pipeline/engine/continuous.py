@@ -1,0 +1,220 @@
+"""An Engine out of a Core: one owner thread, one continuous batch for all callers, admission bounded by rows."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.engine.engine import Core
+from pipeline.engine.engine import EngineCounters
+from pipeline.engine.engine import EngineInfo
+from pipeline.engine.engine import Generation
+from pipeline.engine.engine import Request
+from schemas.errors import EngineDead
+
+_WINDOW_BATCHES = 2
+"""Rows admitted per row of the engine's batch: enough waiting to refill every freed slot at once, and no more."""
+_IDLE_POLL_S = 0.5
+
+
+class _Gate:
+    """Counts rows in the engine against a limit; opens for good when the engine is dead, so that nobody waits for ever."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._changed = threading.Condition()
+        self._open = False
+
+    def enter(self, wait: bool) -> bool:
+        with self._changed:
+            while self._free == 0 and not self._open:
+                if not wait:
+                    return False
+                self._changed.wait()
+            self._free -= 0 if self._open else 1
+            return True
+
+    def leave(self, num_rows: int = 1) -> None:
+        with self._changed:
+            self._free += num_rows
+            self._changed.notify(num_rows)
+
+    def open(self) -> None:
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+
+Outbox = queue.SimpleQueue[Generation | EngineDead]
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    key: int
+    request: Request
+    outbox: Outbox
+
+
+@dataclass(frozen=True, slots=True)
+class _Abandon:
+    outbox: Outbox
+
+
+class ContinuousEngine:
+    """Runs a Core in its own thread, which is the only one that ever touches it."""
+
+    def __init__(self, make_core: Callable[[], Core]) -> None:
+        """Starts the core in the owner thread; raises what it raises."""
+        self._inbox: queue.SimpleQueue[_Admitted | _Abandon | None] = queue.SimpleQueue()
+        self._keys = itertools.count()
+        self._waiting: dict[int, _Admitted] = {}
+        self._dead: EngineDead | None = None
+        self._rows = self._prompt_tokens = self._completion_tokens = 0
+        self._busy_s = self._idle_s = 0.0
+        started: queue.SimpleQueue[Core | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._own, args=(make_core, started), name="engine", daemon=True)
+        self._thread.start()
+        outcome = started.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        self._info = outcome.info
+        self._gate = _Gate(_WINDOW_BATCHES * outcome.info.max_num_seqs)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def window_rows(self) -> int:
+        """Rows that may be in the engine at once."""
+        return _WINDOW_BATCHES * self._info.max_num_seqs
+
+    @property
+    def dead(self) -> EngineDead | None:
+        return self._dead
+
+    def counters(self) -> EngineCounters:
+        return EngineCounters(
+            rows=self._rows,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            busy_s=self._busy_s,
+            idle_s=self._idle_s,
+            in_flight=len(self._waiting),
+        )
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """See Engine.generate."""
+        outbox: Outbox = queue.SimpleQueue()
+        source = iter(requests)
+        exhausted, pending = False, 0
+        try:
+            while pending or not exhausted:
+                # Wait for room only with nothing of our own to wait for; otherwise our own finished rows come first.
+                while not exhausted and self._gate.enter(wait=pending == 0):
+                    request = None
+                    try:
+                        request = next(source, None)
+                    finally:
+                        if request is None:
+                            self._gate.leave()
+                    if request is None:
+                        exhausted = True
+                        break
+                    if self._dead:
+                        raise self._dead
+                    self._inbox.put(_Admitted(next(self._keys), request, outbox))
+                    pending += 1
+                if not pending:
+                    continue
+                answer = outbox.get()
+                if isinstance(answer, EngineDead):
+                    raise answer
+                pending -= 1
+                yield answer
+        finally:
+            if pending:
+                self._inbox.put(_Abandon(outbox))
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join(timeout=30)
+
+    def _own(self, make_core: Callable[[], Core], started: queue.SimpleQueue[Core | BaseException]) -> None:
+        try:
+            core = make_core()
+        except BaseException as error:  # handed to the constructor's caller, which raises it
+            started.put(error)
+            return
+        started.put(core)
+        try:
+            while self._turn(core):
+                pass
+            core.close()
+        except BaseException as error:
+            self._die(EngineDead(f"the engine died with {len(self._waiting)} rows in it: {type(error).__name__}: {error}"))
+            raise
+
+    def _turn(self, core: Core) -> bool:
+        """Take in what waits, work for one step. False when closed."""
+        before = time.monotonic()
+        idle = not core.busy
+        while True:
+            try:
+                message = self._inbox.get(timeout=_IDLE_POLL_S) if idle and not core.busy else self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if message is None:
+                return False
+            if isinstance(message, _Abandon):
+                self._abandon(core, message.outbox)
+            else:
+                self._waiting[message.key] = message
+                error = core.add(message.key, message.request)
+                if error is not None:
+                    self._finish(message.key, Generation(position=message.request.position, error=error))
+        after = time.monotonic()
+        if idle:
+            self._idle_s += after - before
+            before = after
+        if core.busy:
+            for key, generation in core.step():
+                self._finish(key, generation)
+        self._busy_s += time.monotonic() - before
+        return True
+
+    def _finish(self, key: int, generation: Generation) -> None:
+        admitted = self._waiting.pop(key, None)
+        if admitted is None:
+            return
+        self._rows += 1
+        self._prompt_tokens += len(admitted.request.token_ids)
+        self._completion_tokens += sum(len(choice.token_ids) for choice in generation.choices)
+        self._gate.leave()
+        admitted.outbox.put(generation)
+
+    def _abandon(self, core: Core, outbox: Outbox) -> None:
+        gone = [key for key, admitted in self._waiting.items() if admitted.outbox is outbox]
+        for key in gone:
+            core.abort(key)
+            del self._waiting[key]
+        self._gate.leave(len(gone))
+
+    def _die(self, error: EngineDead) -> None:
+        self._dead = error
+        self._gate.open()
+        for outbox in {id(a.outbox): a.outbox for a in self._waiting.values()}.values():
+            outbox.put(error)
+        while True:
+            try:
+                late = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(late, _Admitted):
+                late.outbox.put(error)

@@ -1,0 +1,116 @@
+"""Request, Generation and the Engine protocol: token ids in, token ids out. The engine never hears of Parquet or text columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+from typing import Protocol
+
+from schemas.prompts import RowError
+from schemas.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt for the engine."""
+
+    position: int
+    """The row's place in the input table; comes back in the Generation."""
+    token_ids: list[int]
+    sampling: Sampling
+    seed: int | None = None
+    """Set where temperature is above 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedChoice:
+    """One completion of a request."""
+
+    token_ids: list[int]
+    finish_reason: str
+    text: str | None = None
+    """Set only where the engine had to decode in order to see stop strings."""
+    logprobs: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """What came of one request: its choices, or an error."""
+
+    position: int
+    choices: tuple[GeneratedChoice, ...] = ()
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInfo:
+    """What generates here; goes into every part's provenance."""
+
+    kind: str
+    version: str
+    dtype: str
+    max_model_len: int
+    """Prompt plus completion, in tokens."""
+    max_num_seqs: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineCounters:
+    """Since the engine came up."""
+
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    busy_s: float
+    """Seconds in which at least one row was in the engine."""
+    idle_s: float
+    """Seconds in which it waited for rows."""
+    in_flight: int
+
+
+class Engine(Protocol):
+    """What a unit needs of an engine."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Generations as they finish, in no order. Safe from several threads, whose requests run in one continuous batch.
+
+        Requests are pulled as the engine has room for them, in the caller's thread. Raises EngineDead.
+        """
+        ...
+
+    def counters(self) -> EngineCounters: ...
+
+    def close(self) -> None: ...
+
+
+class Core(Protocol):
+    """What drives one model: owned by a single thread, knows nothing of other threads."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do work."""
+        ...
+
+    def add(self, key: int, request: Request) -> RowError | None:
+        """Take a request in, or say why it cannot be done."""
+        ...
+
+    def abort(self, key: int) -> None:
+        """Forget a request; it will not come out."""
+        ...
+
+    def step(self) -> list[tuple[int, Generation]]:
+        """Work for a moment; the requests that finished."""
+        ...
+
+    def close(self) -> None: ...

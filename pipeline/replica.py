@@ -1,0 +1,83 @@
+"""Replica: one engine, one tokenizer, one model, ready for units of any job on that model. Lives in a worker, or inline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from pipeline import storage
+from pipeline.engine.continuous import ContinuousEngine
+from pipeline.engine.engine import Core
+from pipeline.model import Model
+from pipeline.render import Renderer
+from pipeline.render import load_tokenizer
+from pipeline.unit import Tools
+from pipeline.unit import run_unit
+from schemas import layout
+from schemas.errors import UnitError
+from schemas.job import SimulatedOptions
+from schemas.record import JobRecord
+from schemas.unit import WorkUnit
+
+
+class Replica:
+    """Everything heavy that units share. Its methods are safe from several threads."""
+
+    def __init__(self, *, name: str, model: Model, kind: str, options: dict[str, Any]) -> None:
+        """Loads tokenizer and engine. Raises JobError or EngineStartError."""
+        self.name = name
+        self.tokenizer = load_tokenizer(model.path)
+        self.engine = ContinuousEngine(_core_maker(model, kind, options))
+        self._tools: dict[str, Tools] = {}
+        self._lock = threading.Lock()
+
+    def run(self, out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[str, Any]:
+        """Run one unit; its report as plain data, under a KiB, with the commit's outcome."""
+        report, outcome = run_unit(WorkUnit.from_dict(unit), out_uri, self._tools_for(out_uri, fingerprint))
+        return {"report": asdict(report), "outcome": outcome}
+
+    def status(self) -> dict[str, Any]:
+        """Counters, and how many rows it may hold."""
+        return {**asdict(self.engine.counters()), "window_rows": self.engine.window_rows}
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _tools_for(self, out_uri: str, fingerprint: str) -> Tools:
+        with self._lock:
+            if fingerprint not in self._tools:
+                self._tools = {fingerprint: self._make_tools(out_uri, fingerprint)}  # the newest job only
+            return self._tools[fingerprint]
+
+    def _make_tools(self, out_uri: str, fingerprint: str) -> Tools:
+        record = JobRecord.from_json(storage.read_bytes(storage.join(out_uri, layout.JOB)))
+        if record.fingerprint != fingerprint:
+            raise UnitError(f"{out_uri} holds job {record.fingerprint[:8]}, but the driver asks for {fingerprint[:8]}; is another job at work there?")
+        job, info = record.spec, self.engine.info
+        provenance = {
+            "fingerprint": fingerprint,
+            "tool_version": record.tool_version,
+            **{key: record.decides[key] for key in ("weights", "tokenizer", "chat_template", "sampling", "prompt")},
+            "model": job.model,
+            "engine": asdict(info),
+            "worker": self.name,
+        }
+        renderer = Renderer(self.tokenizer, job, max_model_len=info.max_model_len, seed_base=fingerprint)
+        return Tools(record=record, job=job, engine=self.engine, renderer=renderer, worker=self.name, provenance=provenance)
+
+
+def _core_maker(model: Model, kind: str, options: dict[str, Any]) -> Callable[[], Core]:
+    if kind == "simulated":
+        from pipeline.engine.simulated import SimulatedCore
+
+        chosen = SimulatedOptions.model_validate(options)
+        return lambda: SimulatedCore(chosen, vocab_size=model.vocab_size, max_model_len=model.max_position_embeddings)
+
+    def make() -> Core:
+        from pipeline.engine.vllm import VllmCore  # imports vllm: 10 to 20 s
+
+        return VllmCore(model_path=model.path, options=options)
+
+    return make

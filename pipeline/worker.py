@@ -1,0 +1,157 @@
+"""`tokenmill worker`: the process that owns one engine replica and runs a Dask worker inside. The only module with Dask.
+
+It registers with the scheduler only when its engine is ready, says in a status file how it fares, ignores Ctrl-C
+(its driver decides), and ends when whoever holds its standard input does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import EngineDead
+from schemas.errors import TokenmillError
+
+EXIT_START_FAILED = 78
+"""sysexits' EX_CONFIG: starting it again would not help."""
+EXIT_ENGINE_DEAD = 70
+_METRICS_KEY = "tokenmill"
+
+DASK_CONFIG: dict[str, Any] = {
+    # Dask sees only its own process's memory, and the engine's weights would pause or kill the worker for ever.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.worker.daemon": False,  # vLLM on GPUs has children, which daemons may not
+    "distributed.worker.profile.enabled": False,  # samples stacks every 10 ms with the GIL held
+    "distributed.admin.tick.limit": "60s",  # an in-process engine holds the GIL now and then: no reason to log
+    "distributed.scheduler.worker-ttl": "30 minutes",  # for the same reason
+    "distributed.scheduler.allowed-failures": 1000,  # the driver counts attempts; a lost worker is not the unit's fault
+    "distributed.scheduler.worker-saturation": 1.0,  # nothing waits on a worker that another could do now
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.comm.timeouts.connect": "60s",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerConfig:
+    """What a worker process is told; read from a JSON file."""
+
+    scheduler: str
+    name: str
+    model: dict[str, Any]
+    kind: str
+    options: dict[str, Any]
+    num_threads: int
+    """Units in flight at most."""
+    status_path: str
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> WorkerConfig:
+        return cls(**json.loads(path.read_text()))
+
+
+def run_unit_task(out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[str, Any]:
+    """The Dask task: one unit on this worker's replica."""
+    from distributed import get_worker
+
+    result: dict[str, Any] = get_worker().replica.run(out_uri, fingerprint, unit)
+    return result
+
+
+def replica_metrics(worker_info: dict[str, Any]) -> dict[str, Any]:
+    """The replica's last counters, out of what the scheduler knows of a worker; empty before its first heartbeat."""
+    metrics: dict[str, Any] = worker_info.get("metrics", {}).get(_METRICS_KEY) or {}
+    return metrics
+
+
+def main(config_path: str) -> int:
+    """Run until the scheduler lets go or standard input closes. Returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    config = WorkerConfig.load(Path(config_path))
+    started = time.monotonic()
+    _say(config, state="starting")
+    from pipeline.model import Model
+    from pipeline.replica import Replica
+
+    try:
+        replica = Replica(name=config.name, model=Model(**config.model), kind=config.kind, options=config.options)
+    except Exception as error:  # the process's outermost: whatever it was, the driver must hear of it
+        traceback.print_exc()
+        message = str(error) if isinstance(error, TokenmillError) else f"{type(error).__name__}: {error}"
+        _say(config, state="failed", message=message)
+        return EXIT_START_FAILED
+    threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
+    info = asdict(replica.engine.info)
+    _say(config, state="ready", start_s=round(time.monotonic() - started, 1), engine=info)
+    try:
+        asyncio.run(_serve(config, replica))
+    finally:
+        replica.close()
+    return 0
+
+
+async def _serve(config: WorkerConfig, replica: Any) -> None:
+    import dask
+    from distributed import Worker
+
+    with dask.config.set(DASK_CONFIG), tempfile.TemporaryDirectory(prefix="tokenmill-worker-") as scratch:
+        worker = Worker(
+            config.scheduler,
+            name=config.name,
+            nthreads=config.num_threads,
+            memory_limit=0,
+            metrics={_METRICS_KEY: lambda _: replica.status()},
+            dashboard=False,
+            local_directory=scratch,
+        )
+        worker.replica = replica
+        await worker
+        with contextlib.suppress(asyncio.CancelledError):
+            await worker.finished()
+
+
+def _say(config: WorkerConfig, **values: Any) -> None:
+    path = Path(config.status_path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"pid": os.getpid(), **values}))
+    temporary.replace(path)
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe that the parent holds and never writes to: its end is the parent's end, however it came."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os._exit(0)
+
+
+def _end_with_engine(replica: Any) -> None:
+    """A worker without its engine would fail every unit it is given: leave, and let the supervisor start a new one."""
+    while replica.engine.dead is None:
+        time.sleep(1)
+    dead: EngineDead = replica.engine.dead
+    print(f"worker {replica.name}: {dead}", file=sys.stderr, flush=True)
+    time.sleep(2)  # units in flight report first
+    os._exit(EXIT_ENGINE_DEAD)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,82 @@
+"""What can go wrong, as types. A row that cannot be done is not here: it is data (see `completions.RowError`).
+
+TokenmillError
+  JobError            the job is wrong; refused before anything starts
+  UnitError           one unit of work cannot be done; retried, then reported
+    InputChanged      an input object is not the one that was planned
+  ForeignOutput       the output holds something that is not this job's; everything stops
+  EngineError
+    EngineStartError  the engine did not come up
+    EngineDead        the engine died while rows were in it
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+EXIT_COMPLETE = 0
+EXIT_UNITS_FAILED = 1
+EXIT_WRONG_JOB = 2
+EXIT_LIMIT_REACHED = 3
+EXIT_DRAINED = 130
+
+
+class TokenmillError(Exception):
+    """Base of every error that a user of Tokenmill may meet."""
+
+    exit_code = EXIT_UNITS_FAILED
+
+
+class JobError(TokenmillError):
+    """The job is wrong. The message says where, what was found, what is allowed."""
+
+    exit_code = EXIT_WRONG_JOB
+
+
+class UnitError(TokenmillError):
+    """One unit of work cannot be done."""
+
+
+class InputChanged(UnitError):
+    """An input object is not the one that was planned."""
+
+
+class ForeignOutput(TokenmillError):
+    """The output holds an object that is not this job's, under a name that this job needs."""
+
+    exit_code = EXIT_WRONG_JOB
+
+
+class EngineError(TokenmillError):
+    """Something is wrong with the engine."""
+
+
+class EngineStartError(EngineError):
+    """The engine did not come up. The message carries the cause that the engine itself gave."""
+
+    exit_code = EXIT_WRONG_JOB
+
+
+class EngineDead(EngineError):
+    """The engine died while rows were in it."""
+
+
+def describe_validation(error: ValidationError) -> str:
+    """One line per problem: the field's path, what is allowed, what was found."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key")
+            continue
+        found = repr(problem["input"])
+        if len(found) > 80:
+            found = found[:77] + "..."
+        message = problem["msg"].removeprefix("Value error, ")
+        # A model's own validator is handed the whole model; its message already names what was found.
+        shown = "" if problem["type"] == "value_error" else f" (found {found})"
+        lines.append(f"{path}: {message}{shown}")
+    return "\n".join(lines)

@@ -1,0 +1,198 @@
+"""JobSpec: what a user asks for. Read from YAML or built from keyword arguments; checked without touching anything."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+from typing import Any
+from typing import Literal
+from typing import Self
+from urllib.parse import urlsplit
+
+from pydantic import Field
+from pydantic import ValidationError
+from pydantic import field_validator
+from pydantic import model_validator
+
+from schemas.errors import JobError
+from schemas.errors import describe_validation
+from schemas.sampling import Frozen
+from schemas.sampling import Sampling
+
+DEMO_MODEL = "demo"
+
+
+class PromptColumn(Frozen):
+    """A text column."""
+
+    column: str
+
+
+class PromptMessages(Frozen):
+    """A column of chat messages: a list of structs with role and content, or the same as JSON text."""
+
+    messages: str
+
+
+class PromptTemplate(Frozen):
+    """Text with column names in braces, as in "Summarise: {body}"; {{ and }} are literal braces."""
+
+    template: str
+
+
+class InputSpec(Frozen):
+    """Where the prompts are and how a row becomes a prompt."""
+
+    uri: str | Annotated[list[str], Field(min_length=1)]
+    """A file, a folder, a glob, or a list of them; a path or an fsspec URL (az://, abfss://, file://, memory://)."""
+    prompt: str | PromptColumn | PromptMessages | PromptTemplate
+    """A column's name, or a template if it has {braces}; a list-of-structs column is read as messages."""
+    system: str | None = None
+    """System prompt put before every text prompt; needs chat."""
+    chat: bool | None = None
+    """Whether to apply the model's chat template; by default yes where the tokenizer has one."""
+    sampling: str | None = None
+    """Column with a row's own sampling values: JSON text or a struct; null leaves the job's."""
+    too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
+    """What to do with a prompt that leaves the model no room: an error row, or cut it at its left or right end."""
+    schemas: Literal["same", "unify"] = "same"
+    """Whether files whose schemas differ are refused, or read with their union (missing columns null)."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """Whether a file that cannot be read stops the job, or is left out and named."""
+
+    @property
+    def uris(self) -> list[str]:
+        return [self.uri] if isinstance(self.uri, str) else list(self.uri)
+
+    @property
+    def source(self) -> PromptColumn | PromptMessages | PromptTemplate:
+        if not isinstance(self.prompt, str):
+            return self.prompt
+        return PromptTemplate(template=self.prompt) if "{" in self.prompt else PromptColumn(column=self.prompt)
+
+    @field_validator("uri")
+    @classmethod
+    def _not_empty(cls, uri: str | list[str]) -> str | list[str]:
+        if not all([uri] if isinstance(uri, str) else uri):
+            raise ValueError("an empty URI; give a path, a glob or an fsspec URL")
+        return uri
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> Self:
+        if self.chat is False and self.system is not None:
+            raise ValueError("system needs the chat template, but chat is false; put the text into a prompt template instead")
+        if isinstance(self.source, PromptMessages):
+            if self.chat is False:
+                raise ValueError("prompt.messages needs the chat template, but chat is false")
+            if self.system is not None:
+                raise ValueError("system and prompt.messages: the messages carry their own system prompt; drop one of them")
+        return self
+
+
+class OutputSpec(Frozen):
+    """Where the completions go."""
+
+    uri: Annotated[str, Field(min_length=1)]
+    """A folder: a path or an fsspec URL."""
+    prefix: str = ""
+    """Put before the names of the columns that Tokenmill adds, where they clash with the input's."""
+    token_ids: bool = False
+    """Also write the completion's token ids."""
+    compression: Literal["zstd", "snappy", "none"] = "zstd"
+
+
+class SimulatedOptions(Frozen):
+    """The simulated engine: real scheduling of rows at stated rates, made-up tokens."""
+
+    decode_tokens_per_s: float = Field(default=20_000.0, gt=0)
+    prefill_tokens_per_s: float = Field(default=200_000.0, gt=0)
+    max_num_seqs: int = Field(default=256, ge=1)
+    start_s: float = Field(default=0.0, ge=0)
+    lengths: Literal["varied", "max"] = "varied"
+    """Completion lengths: a fixed function of the prompt between 1 and max_tokens, or always max_tokens."""
+
+
+class EngineSpec(Frozen):
+    """What generates."""
+
+    kind: Literal["vllm", "simulated"] = "vllm"
+    profile: str = "auto"
+    """The name of a hardware profile, or auto: chosen for the machine that is found."""
+    options: dict[str, Any] = {}
+    """For vllm: its engine arguments, over the profile's. For simulated: its rates."""
+
+    @model_validator(mode="after")
+    def _known_options(self) -> Self:
+        if self.kind == "simulated":
+            try:
+                SimulatedOptions.model_validate(self.options)
+            except ValidationError as error:
+                raise ValueError("options of the simulated engine: " + describe_validation(error)) from None
+        return self
+
+
+class ClusterSpec(Frozen):
+    """Who runs the engines."""
+
+    kind: Literal["local", "inline"] = "local"
+    """local: worker processes on this machine. inline: one engine inside the calling process."""
+    replicas: int | None = Field(default=None, ge=1)
+    """Engine replicas; by default what the profile finds good for the machine."""
+
+    @model_validator(mode="after")
+    def _inline_is_one(self) -> Self:
+        if self.kind == "inline" and self.replicas not in (None, 1):
+            raise ValueError(f"kind inline runs one engine in one process, found replicas: {self.replicas}; use kind: local")
+        return self
+
+
+class LimitsSpec(Frozen):
+    """When to give up."""
+
+    attempts: int = Field(default=3, ge=1)
+    """How often a unit of work is tried before it is reported as failed."""
+    error_rows: int | None = Field(default=None, ge=0)
+    """Stop, drained and resumable, once more rows than this came out as errors."""
+
+
+class JobSpec(Frozen):
+    """One job: a table of prompts, a model, and where the completions go."""
+
+    name: str = Field(default="tokenmill", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    model: Annotated[str, Field(min_length=1)]
+    """A folder with a Llama checkpoint, its URI, or `demo`."""
+    input: InputSpec
+    output: OutputSpec
+    sampling: Sampling = Sampling()
+    engine: EngineSpec = EngineSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    limits: LimitsSpec = LimitsSpec()
+    schedule: None = None
+    """Reserved for `tokenmill schedule`; this version runs jobs at once and refuses a value here."""
+
+    @model_validator(mode="after")
+    def _memory_stays_in_one_process(self) -> Self:
+        if self.cluster.kind == "inline":
+            return self
+        for field, uri in [("input.uri", uri) for uri in self.input.uris] + [("output.uri", self.output.uri)]:
+            if urlsplit(uri).scheme == "memory":
+                raise ValueError(
+                    f"{field} is {uri}: memory:// exists in one process only, and cluster.kind {self.cluster.kind} starts others; "
+                    "use cluster.kind: inline, or a folder"
+                )
+        return self
+
+
+def parse_job(data: Any) -> JobSpec:
+    """Check a mapping as read from YAML. Raises JobError naming each wrong field, what is allowed and what was found."""
+    if not isinstance(data, dict):
+        raise JobError(f"a job is a mapping with model, input and output; found {type(data).__name__}")
+    try:
+        return JobSpec.model_validate(data)
+    except ValidationError as error:
+        raise JobError(describe_validation(error)) from None
+
+
+def json_schema() -> str:
+    """The job file's JSON Schema, with which editors complete and check it."""
+    return json.dumps(JobSpec.model_json_schema(by_alias=True), indent=1) + "\n"

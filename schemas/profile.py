@@ -1,0 +1,32 @@
+"""Profile: what kind of node an engine runs on and how its engines are cut. Data, read from pipeline/profiles/*.yaml."""
+
+from __future__ import annotations
+
+from typing import Any
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.sampling import Frozen
+
+
+class Profile(Frozen):
+    """One kind of node. Options are the engine's own arguments; environment must be set before its process starts."""
+
+    name: str
+    description: str
+    device: Literal["cpu", "gpu"]
+    cores_per_replica: int | None = Field(default=None, ge=1)
+    """CPU only: cores one engine replica computes on."""
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    """CPU only: upper bound of one replica's KV cache."""
+    max_num_seqs: int = Field(ge=1)
+    max_num_batched_tokens: int = Field(ge=1)
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Upper bound of prompt plus completion; by default the model's own."""
+    options: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+    dtype_by_cpu_flag: dict[str, str] = {}
+    """CPU only: the first of these flags that the CPU has decides the dtype."""
+    dtype: str = "auto"
+    """Where no flag decides."""

@@ -1,0 +1,64 @@
+"""JobRecord: the job as it was accepted, with all that decides its output. Lies in out/_tokenmill/job.json; workers read it there."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.job import JobSpec
+from schemas.job import parse_job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRecord:
+    """An accepted job. Two runs with equal fingerprints want the same output."""
+
+    job: dict[str, Any]
+    """The JobSpec as plain data, URIs absolute."""
+    decides: dict[str, Any]
+    """What the output depends on: plan, prompt, digests of weights, tokenizer and template, sampling, columns, engine kind."""
+    schema: str
+    """The input's Arrow schema, serialised, base64."""
+    tool_version: str
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def spec(self) -> JobSpec:
+        return parse_job(self.job)
+
+    @property
+    def input_schema(self) -> pa.Schema:
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.schema)))
+
+    def to_json(self) -> bytes:
+        return json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> JobRecord:
+        values = json.loads(data)
+        values.pop("fingerprint")
+        return cls(**values)
+
+    def differences(self, other: JobRecord) -> list[str]:
+        """What decides the output and is not the same in the other record, one line each."""
+        keys = sorted(set(self.decides) | set(other.decides))
+        pairs = [(key, self.decides.get(key), other.decides.get(key)) for key in keys]
+        return [f"{key}: this job has {_short(mine)}, the output was begun with {_short(theirs)}" for key, mine, theirs in pairs if mine != theirs]
+
+
+def encode_schema(schema: pa.Schema) -> str:
+    return base64.b64encode(schema.serialize().to_pybytes()).decode()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,56 @@
+"""WorkUnit: rows that are generated, committed and counted together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRange:
+    """Rows [row_start, row_stop) of one input object."""
+
+    uri: str
+    identity: str
+    """The object's etag, or size, mtime in ns and footer digest where the store has no etags."""
+    row_start: int
+    row_stop: int
+    position: int
+    """Of the range's first row in the whole input table, counted from 0."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.row_start <= self.row_stop:
+            raise ValueError(f"rows [{self.row_start}, {self.row_stop}) of {self.uri} are no range")
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_stop - self.row_start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkUnit:
+    """Row ranges in input order, over one or several objects."""
+
+    index: int
+    ranges: tuple[RowRange, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows.num_rows for rows in self.ranges)
+
+    @property
+    def position(self) -> int:
+        """Of the unit's first row in the whole input table."""
+        return self.ranges[0].position if self.ranges else 0
+
+    def part_name(self, fingerprint: str) -> str:
+        """Sorted names are input order."""
+        return f"part-{self.index:08d}-{fingerprint[:8]}.parquet"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> WorkUnit:
+        return cls(index=data["index"], ranges=tuple(RowRange(**rows) for rows in data["ranges"]))
