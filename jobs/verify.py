@@ -56,19 +56,29 @@ def verify(out_uri: str) -> Verdict:
         verdict.problems.append(str(error))
         done = {}
     verdict.problems += [f"part of unit {index}, which the plan does not have" for index in sorted(set(done) - set(range(len(plan.units))))]
+    for first, last in _runs([unit for unit in plan.units if unit.index not in done]):
+        rows = f"rows {first.position} to {last.position + last.num_rows}"
+        verdict.problems.append(f"lost: {rows} (no part for units {first.index} to {last.index}); run the job again")
     for unit in plan.units:
-        _verify_unit(unit, out_uri, record, done, verdict)
+        if unit.index in done:
+            _verify_unit(unit, out_uri, record, verdict)
     if not verdict.problems and not storage.exists(storage.join(out_uri, layout.SUCCESS)):
         verdict.problems.append(f"every row is there, but {layout.SUCCESS} is missing; run the job again to close it")
     return verdict
 
 
-def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, done: dict[int, int], verdict: Verdict) -> None:
+def _runs(units: list[WorkUnit]) -> Iterator[tuple[WorkUnit, WorkUnit]]:
+    """First and last of each run of neighbours."""
+    first = 0
+    for index, unit in enumerate(units):
+        if index + 1 == len(units) or units[index + 1].index != unit.index + 1:
+            yield units[first], unit
+            first = index + 1
+
+
+def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, verdict: Verdict) -> None:
     name = unit.part_name(record.fingerprint)
     rows = f"rows {unit.position} to {unit.position + unit.num_rows}"
-    if unit.index not in done:
-        verdict.problems.append(f"lost: {rows} ({name} is missing); run the job again")
-        return
     uri = storage.join(out_uri, name)
     try:
         report = read_report(uri)

@@ -75,7 +75,7 @@ class LocalCluster:
         self._config = dask.config.set(DASK_CONFIG)
         self._config.__enter__()
         self._dask = DaskCluster(
-            n_workers=0, processes=False, host="127.0.0.1", dashboard_address=_dashboard_address(), silence_logs=50
+            n_workers=0, processes=True, host="127.0.0.1", protocol="tcp://", dashboard_address="127.0.0.1:0", silence_logs=50
         )
         self._client = Client(self._dask, set_as_default=False)
         self._nonce = uuid.uuid4().hex[:6]
@@ -245,6 +245,3 @@ def _has_bokeh() -> bool:
 
     return importlib.util.find_spec("bokeh") is not None
 
-
-def _dashboard_address() -> str:
-    return "127.0.0.1:0"
