@@ -1,0 +1,37 @@
+"""How work is asked for: plan, drive, verify, report. What users import lies here: run, plan, verify, status, cancel."""
+
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
+from pathlib import Path as _Path
+from typing import Any as _Any
+
+_HOME = _Path(__file__).resolve().parent.parent
+
+# The packages are named as their folders, and a notebook's own schemas.py or jobs/ is found before them.
+for _name in ("schemas", "pipeline", "jobs"):
+    _spec = _find_spec(_name)
+    _origin = _Path(_spec.origin).resolve() if _spec and _spec.origin else None
+    if _origin != _HOME / _name / "__init__.py":
+        raise ImportError(
+            f"{_origin or 'nothing'} is found as {_name!r}, expected {_HOME / _name / '__init__.py'} of Tokenmill: "
+            f"rename the one that shadows it, or take its folder off sys.path"
+        )
+
+_PUBLIC = {
+    "JobSpec": "schemas.job",
+    "cancel": "jobs.status",
+    "load_job": "jobs.api",
+    "parse_job": "schemas.job",
+    "plan": "jobs.api",
+    "run": "jobs.api",
+    "status": "jobs.api",
+    "verify": "jobs.api",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> _Any:
+    """Public names are loaded when first used, so that `import jobs` stays quick."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jobs' has no attribute {name!r}")
+    return getattr(_import_module(_PUBLIC[name]), name)

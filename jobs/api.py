@@ -197,7 +197,9 @@ def _interrupts(driver: Driver, display: Display) -> Iterator[None]:
 
 def _say_beginning(accepted: Accepted, display: Display) -> None:
     plan_ = accepted.plan
-    display.say(f"job {accepted.job.name} ({accepted.record.fingerprint[:8]}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}")
+    display.say(
+        f"job {accepted.job.name} ({accepted.record.fingerprint[:8]}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}"
+    )
     if accepted.begun:
         display.say(f"begun by an earlier run: {len(accepted.done)} of {len(plan_.units)} units are done and stay as they are")
     for uri in accepted.changed_objects[:5]:

@@ -62,7 +62,11 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--cluster", type=click.Choice(["local", "inline"]), help="Who runs the engines."),
             click.option("--replicas", type=int, help="Engine replicas; by default what the profile finds good."),
             click.option(
-                "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the job file, as in sampling.top_p=0.9; repeatable."
+                "--set",
+                "settings",
+                multiple=True,
+                metavar="FIELD=VALUE",
+                help="Any other field of the job file, as in sampling.top_p=0.9; repeatable.",
             ),
         ]
     ):

@@ -142,7 +142,9 @@ class Driver:
                 self._say("`tokenmill cancel` asked this job to drain")
                 self.drain()
         if self._over_limit() and not self._drain.is_set():
-            self._say(f"limits.error_rows is {self._job.limits.error_rows}, and {progress.totals.error_rows} rows came out as errors: draining")
+            self._say(
+                f"limits.error_rows is {self._job.limits.error_rows}, and {progress.totals.error_rows} rows came out as errors: draining"
+            )
             self.drain()
         if self._drain.is_set() and progress.state in ("starting", "running"):
             progress.state = "draining"

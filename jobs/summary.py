@@ -95,8 +95,13 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
     if run.rows:
         whole = run.prompt_tokens + run.completion_tokens
         per_s = whole / result.generate_s if result.generate_s else 0.0
-        table.add_row("speed", f"{result.output_tokens_per_s:,.1f} output tokens/s, {per_s:,.1f} with prompts, over {seconds_words(result.generate_s)}")
-    table.add_row("this run", f"{run.rows:,} rows in {seconds_words(result.wall_s)}" + (f", {result.retries} retries" if result.retries else ""))
+        table.add_row(
+            "speed",
+            f"{result.output_tokens_per_s:,.1f} output tokens/s, {per_s:,.1f} with prompts, over {seconds_words(result.generate_s)}",
+        )
+    table.add_row(
+        "this run", f"{run.rows:,} rows in {seconds_words(result.wall_s)}" + (f", {result.retries} retries" if result.retries else "")
+    )
     for name in sorted(result.start_s):
         busy, idle = result.busy_s.get(name, 0.0), result.idle_s.get(name, 0.0)
         table.add_row(f"replica {name}", f"start {result.start_s[name]:.1f} s, engine busy {busy:.1f} s, waiting for rows {idle:.1f} s")

@@ -143,5 +143,3 @@ class _Rows:
         self._held = table.slice(num_rows).to_batches()
         self._num_held -= num_rows
         return table.slice(0, num_rows)
-
-

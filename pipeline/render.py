@@ -46,7 +46,9 @@ class Renderer:
         self._seed_base = seed_base if job.sampling.seed is None else str(job.sampling.seed)
         has_template = tokenizer.chat_template is not None
         if job.input.chat and not has_template:
-            raise JobError("input.chat: the model's tokenizer has no chat template; drop chat, or add chat_template.jinja to the checkpoint")
+            raise JobError(
+                "input.chat: the model's tokenizer has no chat template; drop chat, or add chat_template.jinja to the checkpoint"
+            )
         self._chat = has_template if job.input.chat is None else job.input.chat
 
     def render(self, prompts: Iterable[Prompt | RowError]) -> list[Request | tuple[RowError, int]]:

@@ -54,7 +54,9 @@ class Replica:
     def _make_tools(self, out_uri: str, fingerprint: str) -> Tools:
         record = JobRecord.from_json(storage.read_bytes(storage.join(out_uri, layout.JOB)))
         if record.fingerprint != fingerprint:
-            raise UnitError(f"{out_uri} holds job {record.fingerprint[:8]}, but the driver asks for {fingerprint[:8]}; is another job at work there?")
+            raise UnitError(
+                f"{out_uri} holds job {record.fingerprint[:8]}, but the driver asks for {fingerprint[:8]}; is another job at work there?"
+            )
         job, info = record.spec, self.engine.info
         provenance = {
             "fingerprint": fingerprint,

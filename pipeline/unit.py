@@ -34,7 +34,6 @@ from schemas.errors import UnitError
 from schemas.job import JobSpec
 from schemas.manifest import MAX_EXAMPLES
 from schemas.manifest import UnitReport
-from schemas.prompts import RowError
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 

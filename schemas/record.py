@@ -52,7 +52,11 @@ class JobRecord:
         """What decides the output and is not the same in the other record, one line each."""
         keys = sorted(set(self.decides) | set(other.decides))
         pairs = [(key, self.decides.get(key), other.decides.get(key)) for key in keys]
-        return [f"{key}: this job has {_short(mine)}, the output was begun with {_short(theirs)}" for key, mine, theirs in pairs if mine != theirs]
+        return [
+            f"{key}: this job has {_short(mine)}, the output was begun with {_short(theirs)}"
+            for key, mine, theirs in pairs
+            if mine != theirs
+        ]
 
 
 def encode_schema(schema: pa.Schema) -> str:

@@ -114,9 +114,7 @@ def _params(request: Request) -> vllm.SamplingParams:
     sampling = request.sampling
     values = {name: getattr(sampling, name) for name in _SAME_NAME}
     if sampling.structured_outputs is not None:
-        values["structured_outputs"] = StructuredOutputsParams(
-            **sampling.structured_outputs.model_dump(by_alias=True, exclude_none=True)
-        )
+        values["structured_outputs"] = StructuredOutputsParams(**sampling.structured_outputs.model_dump(by_alias=True, exclude_none=True))
     return vllm.SamplingParams(
         **values,
         seed=request.seed,
