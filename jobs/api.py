@@ -186,8 +186,8 @@ def _interrupts(driver: Driver, display: Display) -> Iterator[None]:
         )
 
     before: list[tuple[int, Callable[..., Any] | int | None]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before.append((number, signal.signal(number, on_signal)))
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        before.append((asked, signal.signal(asked, on_signal)))
     try:
         yield
     finally:
@@ -197,9 +197,8 @@ def _interrupts(driver: Driver, display: Display) -> Iterator[None]:
 
 def _say_beginning(accepted: Accepted, display: Display) -> None:
     plan_ = accepted.plan
-    display.say(
-        f"job {accepted.job.name} ({accepted.record.fingerprint[:8]}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}"
-    )
+    short = accepted.record.fingerprint[:8]
+    display.say(f"job {accepted.job.name} ({short}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}")
     if accepted.begun:
         display.say(f"begun by an earlier run: {len(accepted.done)} of {len(plan_.units)} units are done and stay as they are")
     for uri in accepted.changed_objects[:5]:

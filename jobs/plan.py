@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,16 +35,15 @@ _MAX_UNIT_BYTES = 64 << 20
 _MIN_UNIT_ROWS = 16
 _FOOTER_THREADS = 16
 
-_PLAN_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int64()),
-        ("uri", pa.string()),
-        ("identity", pa.string()),
-        ("row_start", pa.int64()),
-        ("row_stop", pa.int64()),
-        ("position", pa.int64()),
-    ]
-)
+_FIELDS: list[pa.Field[Any]] = [
+    pa.field("unit", pa.int64()),
+    pa.field("uri", pa.string()),
+    pa.field("identity", pa.string()),
+    pa.field("row_start", pa.int64()),
+    pa.field("row_stop", pa.int64()),
+    pa.field("position", pa.int64()),
+]
+_PLAN_SCHEMA = pa.schema(_FIELDS)
 _META_SKIPPED = b"tokenmill.skipped"
 
 

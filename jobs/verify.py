@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 
 import pyarrow as pa
 
@@ -118,7 +119,7 @@ def _compare(unit: WorkUnit, uri: str, record: JobRecord) -> str | None:
     return None
 
 
-def _same(ours: pa.Array, theirs: pa.Array) -> bool:
+def _same(ours: Any, theirs: Any) -> bool:
     """Equal values, NaN being equal to itself. Dictionary columns by their values: chunks may have different dictionaries."""
     if pa.types.is_dictionary(ours.type):
         ours, theirs = ours.dictionary_decode(), theirs.dictionary_decode()

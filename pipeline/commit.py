@@ -26,7 +26,7 @@ _ROW_GROUP_ROWS = 8192
 class PartWriter:
     """A Parquet file in memory. Nothing of it is visible before `commit`."""
 
-    def __init__(self, schema: pa.Schema, compression: str) -> None:
+    def __init__(self, schema: pa.Schema, compression: Literal["zstd", "snappy", "none"]) -> None:
         self._buffer = io.BytesIO()
         self._writer = pq.ParquetWriter(self._buffer, schema, compression=compression, store_schema=True)
         self._schema = schema
@@ -44,7 +44,8 @@ class PartWriter:
     def finish(self, report: UnitReport, provenance: dict[str, Any]) -> memoryview:
         """The whole file, report and provenance in its footer."""
         self._flush()
-        self._writer.add_key_value_metadata({META_REPORT: report.to_json(), META_PROVENANCE: json.dumps(provenance).encode()})
+        metadata: Any = {META_REPORT: report.to_json(), META_PROVENANCE: json.dumps(provenance).encode()}
+        self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         return self._buffer.getbuffer()
 

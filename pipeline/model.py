@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,7 +68,7 @@ def _check(path: Path, name: str) -> Model:
     found = config.get("architectures") or ["none named"]
     if found[0] not in _ARCHITECTURES:
         raise JobError(
-            f"model: {name} is {found[0]} (config.json, architectures); only Llama-family causal models run here: {', '.join(_ARCHITECTURES)}"
+            f"model: {name} is {found[0]} (config.json, architectures); only Llama-family models run here: {', '.join(_ARCHITECTURES)}"
         )
     if not (path / "tokenizer.json").is_file():
         raise JobError(f"model: {name} has no tokenizer.json; save it from a fast tokenizer with save_pretrained")
@@ -149,10 +150,8 @@ def _file_digest(file: Path) -> str:
     with file.open("rb") as opened:
         while block := opened.read(_BLOCK_BYTES):
             digest.update(block)
-    try:
+    with contextlib.suppress(OSError):  # a read-only or full cache costs time, not correctness
         storage.replace(str(remembered), digest.hexdigest().encode())
-    except OSError:
-        pass  # a read-only or full cache costs time, not correctness
     return digest.hexdigest()
 
 

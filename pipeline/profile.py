@@ -1,4 +1,4 @@
-"""Which profile fits this machine, and what it makes of one model there: replicas, engine arguments, environment. Pure but for `this_machine`."""
+"""Which profile fits this machine, and what it makes of one model: replicas, engine arguments, environment."""
 
 from __future__ import annotations
 
@@ -120,8 +120,9 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     fit = usable // need
     if not fit:
         raise JobError(
-            f"model: one replica needs about {need / 1e9:.1f} GB ({model.weights_bytes / 1e9:.1f} GB of weights, {kv_bytes / 1e9:.1f} GB of KV "
-            f"cache), and {usable / 1e9:.1f} GB of this machine's memory may be used; set engine.options.max_model_len lower, or take a smaller model"
+            f"model: one replica needs about {need / 1e9:.1f} GB ({model.weights_bytes / 1e9:.1f} GB of weights, "
+            f"{kv_bytes / 1e9:.1f} GB of KV cache), and {usable / 1e9:.1f} GB of this machine's memory may be used; "
+            "set engine.options.max_model_len lower, or take a smaller model"
         )
     threads = min(profile.cores_per_replica or machine.cores, machine.cores)
     count = replicas or max(1, min(machine.cores // threads, fit))

@@ -26,7 +26,7 @@ from schemas.sampling import Sampling
 Content = str | tuple[Message, ...]
 
 
-class _BadRow(Exception):  # noqa: N818 - not an error of ours: a row
+class _BadRow(Exception):
     """Carries the RowError of a row that cannot be asked."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -142,7 +142,7 @@ def _contents(batch: pa.RecordBatch, spec: InputSpec) -> Callable[[int], Content
 
         return fill
     column = source.messages if isinstance(source, PromptMessages) else source.column
-    rows = batch.column(column).to_pylist()
+    rows: list[Any] = batch.column(column).to_pylist()
     if isinstance(source, PromptMessages) or _is_messages(batch.schema.field(column).type):
         return lambda row: _messages(rows[row], column)
 

@@ -57,8 +57,8 @@ class Renderer:
         texts: list[tuple[str, bool] | RowError] = [p if isinstance(p, RowError) else self._text(p) for p in prompts]
         ids: dict[int, list[int]] = {}
         for templated in (True, False):  # chat templates bring their own special tokens, plain text gets the tokenizer's
-            chosen = [index for index, text in enumerate(texts) if isinstance(text, tuple) and text[1] is templated]
-            ids.update(zip(chosen, self._tokenize([texts[index][0] for index in chosen], special=not templated), strict=True))  # type: ignore[misc]
+            chosen = {index: item[0] for index, item in enumerate(texts) if isinstance(item, tuple) and item[1] is templated}
+            ids.update(zip(chosen, self._tokenize(list(chosen.values()), special=not templated), strict=True))
         out: list[Request | tuple[RowError, int]] = []
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             if isinstance(prompt, RowError):

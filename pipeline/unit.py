@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
+from collections import defaultdict
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ class _Clock:
     """Seconds by kind, as this unit's thread spends them."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._kind: str | None = None
         self._since = time.perf_counter()
 

@@ -63,17 +63,17 @@ class Completion:
         return self.choices[0].finish_reason if self.choices else FINISH_ERROR
 
 
-def completion_fields(job: JobSpec) -> list[pa.Field]:
+def completion_fields(job: JobSpec) -> list[pa.Field[Any]]:
     """The added columns, in order; their types do not depend on how the rows fare."""
     prefix = job.output.prefix
-    fields = [
+    fields: list[pa.Field[Any]] = [
         pa.field(prefix + COMPLETION, pa.string()),
         pa.field(prefix + FINISH_REASON, pa.string(), nullable=False),
         pa.field(prefix + PROMPT_TOKENS, pa.int32(), nullable=False),
         pa.field(prefix + COMPLETION_TOKENS, pa.int32(), nullable=False),
         pa.field(prefix + ERROR, _ERROR_TYPE),
     ]
-    extras = []
+    extras: list[tuple[str, pa.DataType]] = []
     if job.output.token_ids:
         extras.append((TOKEN_IDS, _TOKEN_IDS_TYPE))
     if job.sampling.logprobs is not None:
@@ -94,10 +94,11 @@ def output_schema(input_schema: pa.Schema, job: JobSpec) -> pa.Schema:
             f"input.uri: the table already has {', '.join(clashes)}, which the output adds; "
             f"set output.prefix (--prefix), for example 'tm_', to name the added columns differently"
         )
-    return pa.schema([*input_schema, *added], metadata=input_schema.metadata)
+    metadata: Any = input_schema.metadata
+    return pa.schema([*input_schema, *added], metadata=metadata)
 
 
-def completion_arrays(completions: list[Completion], job: JobSpec) -> list[pa.Array]:
+def completion_arrays(completions: list[Completion], job: JobSpec) -> list[pa.Array[Any]]:
     """The added columns' values, one per completion, in the order and types of `completion_fields`."""
     with_ids, with_logprobs = job.output.token_ids, job.sampling.logprobs is not None
 

@@ -52,25 +52,24 @@ class UnitReport:
         return cls(**json.loads(data))
 
 
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int64()),
-        ("part", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("rows", pa.int64()),
-        ("error_rows", pa.int64()),
-        ("prompt_tokens", pa.int64()),
-        ("completion_tokens", pa.int64()),
-        ("worker", pa.string()),
-        ("attempt", pa.string()),
-        ("started_at", pa.float64()),
-        ("finished_at", pa.float64()),
-        ("finish_reasons", pa.string()),
-        ("errors", pa.string()),
-        ("examples", pa.string()),
-        ("seconds", pa.string()),
-    ]
-)
+_FIELDS: list[pa.Field[Any]] = [
+    pa.field("unit", pa.int64()),
+    pa.field("part", pa.string()),
+    pa.field("size_bytes", pa.int64()),
+    pa.field("rows", pa.int64()),
+    pa.field("error_rows", pa.int64()),
+    pa.field("prompt_tokens", pa.int64()),
+    pa.field("completion_tokens", pa.int64()),
+    pa.field("worker", pa.string()),
+    pa.field("attempt", pa.string()),
+    pa.field("started_at", pa.float64()),
+    pa.field("finished_at", pa.float64()),
+    pa.field("finish_reasons", pa.string()),
+    pa.field("errors", pa.string()),
+    pa.field("examples", pa.string()),
+    pa.field("seconds", pa.string()),
+]
+MANIFEST_SCHEMA = pa.schema(_FIELDS)
 """One row a unit; the dicts as JSON text. The file's metadata holds fingerprint and provenance."""
 
 
