@@ -1,4 +1,4 @@
-"""How work is asked for: plan, drive, verify, report. What users import lies here: run, plan, verify, status, cancel."""
+"""How work is asked for: plan, drive, verify, report. Notebooks call `jobs.api`; its main names are here too."""
 
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
@@ -19,13 +19,9 @@ for _name in ("schemas", "pipeline", "jobs"):
 
 _PUBLIC = {
     "JobSpec": "schemas.job",
-    "cancel": "jobs.status",
     "load_job": "jobs.api",
     "parse_job": "schemas.job",
-    "plan": "jobs.api",
     "run": "jobs.api",
-    "status": "jobs.api",
-    "verify": "jobs.api",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -28,8 +28,11 @@ from jobs.progress import Display
 from jobs.progress import Speed
 from jobs.progress import SpeedMeter
 from jobs.progress import make_display
+from jobs.status import cancel as cancel
+from jobs.status import read_status as status
 from jobs.status import write_status
 from jobs.summary import RunResult
+from jobs.verify import verify as verify
 from pipeline import storage
 from pipeline.profile import load_profile
 from pipeline.profile import plan_replicas
@@ -43,6 +46,8 @@ from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.job import parse_job
 from schemas.manifest import Totals
+
+__all__ = ["PlanReport", "RunResult", "StoppedAtOnce", "cancel", "load_job", "plan", "run", "status", "verify"]
 
 _STATUS_EVERY_S = 5.0
 _EXIT_CODES = {"complete": EXIT_COMPLETE, "failed": EXIT_UNITS_FAILED, "limit": EXIT_LIMIT_REACHED, "drained": EXIT_DRAINED}

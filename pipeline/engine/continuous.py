@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeline.engine.engine import Core
 from pipeline.engine.engine import EngineCounters
@@ -51,6 +52,7 @@ class _Gate:
             self._changed.notify_all()
 
 
+Answer = TypeVar("Answer")
 Outbox = queue.SimpleQueue[Generation | EngineDead]
 
 
@@ -66,12 +68,17 @@ class _Abandon:
     outbox: Outbox
 
 
+@dataclass(frozen=True, slots=True)
+class _Borrow:
+    work: Callable[[Core], None]
+
+
 class ContinuousEngine:
     """Runs a Core in its own thread, which is the only one that ever touches it."""
 
     def __init__(self, make_core: Callable[[], Core]) -> None:
         """Starts the core in the owner thread; raises what it raises."""
-        self._inbox: queue.SimpleQueue[_Admitted | _Abandon | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Admitted | _Abandon | _Borrow | None] = queue.SimpleQueue()
         self._keys = itertools.count()
         self._waiting: dict[int, _Admitted] = {}
         self._dead: EngineDead | None = None
@@ -142,6 +149,22 @@ class ContinuousEngine:
             if pending:
                 self._inbox.put(_Abandon(outbox))
 
+    def borrow(self, work: Callable[[Core], Answer]) -> Answer:
+        """Run `work` on the bare core in the owner thread; for benchmarks of the engine alone. Only while no row is in it."""
+        outcome: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+
+        def guarded(core: Core) -> None:
+            try:
+                outcome.put(work(core))
+            except BaseException as error:  # raised in the caller below
+                outcome.put(error)
+
+        self._inbox.put(_Borrow(guarded))
+        answer = outcome.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join(timeout=30)
@@ -172,7 +195,9 @@ class ContinuousEngine:
                 break
             if message is None:
                 return False
-            if isinstance(message, _Abandon):
+            if isinstance(message, _Borrow):
+                message.work(core)
+            elif isinstance(message, _Abandon):
                 self._abandon(core, message.outbox)
             else:
                 self._waiting[message.key] = message

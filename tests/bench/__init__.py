@@ -1,0 +1,1 @@
+"""Benchmarks. Each is a command: `python -m tests.bench.NAME --help`."""
