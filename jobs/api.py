@@ -130,7 +130,6 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
 def make_cluster(accepted: Accepted) -> Cluster:
     """The cluster that the job asks for; replicas come up in the background. Raises JobError."""
     job = accepted.job
-    environment: dict[str, str] = {}
     if job.engine.kind == "simulated":
         from pipeline.profile import ReplicaPlan
 
@@ -145,7 +144,7 @@ def make_cluster(accepted: Accepted) -> Cluster:
         return InlineCluster(model=accepted.model, kind=job.engine.kind, options=cut.options)
     from jobs.cluster.local import LocalCluster
 
-    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind, environment=environment)
+    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind)
 
 
 def _drive(accepted: Accepted, cluster: Cluster, display: Display) -> Progress:

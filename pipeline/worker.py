@@ -29,6 +29,14 @@ EXIT_START_FAILED = 78
 EXIT_ENGINE_DEAD = 70
 _METRICS_KEY = "tokenmill"
 
+ENVIRONMENT = {
+    # Must be set before a worker's process starts. Arrow's own pool keeps what it freed, and every thread that runs units
+    # has an arena: 385 MB instead of 241 MB for 300,000 rows through the simulated engine.
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_ARENA_MAX": "2",
+    "TOKENIZERS_PARALLELISM": "false",  # the Rust tokenizer's threads would take the engine's cores
+}
+
 DASK_CONFIG: dict[str, Any] = {
     # Dask sees only its own process's memory, and the engine's weights would pause or kill the worker for ever.
     "distributed.worker.memory.target": False,

@@ -30,6 +30,7 @@ from jobs.cluster.cluster import Result
 from pipeline.model import Model
 from pipeline.profile import ReplicaPlan
 from pipeline.worker import DASK_CONFIG
+from pipeline.worker import ENVIRONMENT
 from pipeline.worker import EXIT_START_FAILED
 from pipeline.worker import WorkerConfig
 from pipeline.worker import replica_metrics
@@ -61,10 +62,9 @@ class _Slot:
 class LocalCluster:
     """Replicas as child processes. They end with this process, however it ends."""
 
-    def __init__(self, *, plan: ReplicaPlan, model: Model, kind: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *, plan: ReplicaPlan, model: Model, kind: str) -> None:
         self._plan, self._model, self._kind = plan, model, kind
         self._folder = Path(tempfile.mkdtemp(prefix="tokenmill-"))
-        self._extra_environment = environment or {}
         self._slots = [_Slot(name=f"local-{index}", index=index) for index in range(plan.replicas)]
         self._notes: list[str] = []
         self._lock = threading.Lock()
@@ -195,7 +195,7 @@ class LocalCluster:
         )
         config_path = self._folder / f"{slot.name}.config.json"
         config.save(config_path)
-        environment = {**os.environ, **self._plan.environment_of(slot.index), **self._extra_environment}
+        environment = {**os.environ, **ENVIRONMENT, **self._plan.environment_of(slot.index)}
         with self._log(slot).open("ab") as log:
             slot.process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.worker", str(config_path)],

@@ -100,7 +100,7 @@ def run_pipeline(accepted: Accepted, cluster: LocalCluster) -> tuple[Measured, d
     time.sleep(1.5)  # the replicas' last heartbeat
     seconds = {f"thread seconds, {kind}": value for kind, value in totals.seconds.items()}
     for replica in cluster.replicas():
-        busy, idle = busy_before[replica.name]
+        busy, _ = busy_before[replica.name]
         seconds[f"engine busy, {replica.name}"] = replica.busy_s - busy
     return Measured(output_tokens=totals.completion_tokens, seconds=ended - totals.started_at), seconds, totals
 
@@ -165,7 +165,8 @@ def main() -> None:
             verdict = verify(accepted.out_uri)
             print(
                 f"round {index + 1} pipeline: rows in {rows_in}, rows out {totals.rows} ({totals.error_rows} errors), "
-                f"verify {'complete' if verdict.complete else verdict.problems}, {totals.prompt_tokens} prompt and {totals.completion_tokens} "
+                f"verify {'complete' if verdict.complete else verdict.problems}, "
+                f"{totals.prompt_tokens} prompt and {totals.completion_tokens} "
                 f"output tokens in {pipeline.seconds:.1f} s: {pipeline.tokens_per_s:.1f} output tokens/s",
                 flush=True,
             )
