@@ -18,7 +18,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _NUM_FILES = 12
-_WORDS = "the a new red river carries old letters from one quiet town to another where people read them by the window".split()[1])
+_WORDS = ["the", "a", "new", "red", "river", "carries", "old", "letters", "from", "one", "quiet", "town", "to", "another", "where", "people", "read", "them", "by", "the", "window"]
+
+
+def write_table(folder: Path, num_rows: int) -> None:
+    """Prompts of a dozen words and an id, in 12 files."""
+    folder.mkdir(parents=True)
+    step = -(-num_rows // _NUM_FILES)
+    for index in range(_NUM_FILES):
+        rows = range(index * step, min(num_rows, (index + 1) * step))
+        prompts = [f"{row}: " + " ".join(_WORDS[(row * 7 + word) % len(_WORDS)] for word in range(12)) for row in rows]
+        pq.write_table(pa.table({"id": list(rows), "prompt": prompts}), folder / f"{index:02d}.parquet")
+
+
+def peak_kb(pid: int) -> int:
+    """Resident high-water mark as the kernel counts it; 0 once the process is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1])
     except OSError:
         pass
     return 0
