@@ -21,6 +21,8 @@ from schemas.unit import WorkUnit
 
 _FOOTER_TAIL_BYTES = 8  # footer length (4, little-endian) and the magic number
 _MAGIC = b"PAR1"
+_READ_BUFFER_BYTES = 1 << 20
+"""Of each column; without it a whole row group's column is held, however large."""
 
 
 def identity_of(uri: str) -> str:
@@ -65,7 +67,7 @@ def check_unchanged(unit: WorkUnit) -> None:
 @contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """Raises pa.ArrowInvalid, FileNotFoundError or another OSError."""
-    with storage.open_read(uri) as file, pq.ParquetFile(file) as parquet:
+    with storage.open_read(uri) as file, pq.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES) as parquet:
         yield parquet
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,8 @@ _MAX_RESTARTS = 5
 _POLL_S = 0.2
 _CLOSE_GRACE_S = 10.0
 _LOG_LINES = 15
+_CAUSE_IS_IN_THE_LOG = "See root cause above"
+_ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception): .+)$")
 
 
 @dataclass(slots=True)
@@ -168,7 +171,7 @@ class LocalCluster:
         if code is None:
             return
         if said.get("state") == "failed" or code == EXIT_START_FAILED:
-            slot.state, slot.message = "failed", said.get("message") or self._log_tail(slot)
+            slot.state, slot.message = "failed", self._start_failure(slot, said)
             self._note(f"replica {slot.name} did not start: {slot.message} (log: {self._log(slot)})")
             return
         slot.message = f"its process ended with {_exit_words(code)}"
@@ -225,6 +228,17 @@ class LocalCluster:
     def _log_tail(self, slot: _Slot) -> str:
         lines = self._log(slot).read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LOG_LINES:])
+
+    def _start_failure(self, slot: _Slot, said: dict[str, Any]) -> str:
+        """What the replica said, with the cause out of its log where vLLM's engine core died in a process of its own."""
+        message: str = said.get("message") or self._log_tail(slot)
+        if _CAUSE_IS_IN_THE_LOG in message:
+            causes = [
+                match.group(1) for line in self._log(slot).read_text(errors="replace").splitlines() if (match := _ERROR_LINE.search(line))
+            ]
+            causes = [cause for cause in causes if _CAUSE_IS_IN_THE_LOG not in cause]
+            message = f"{causes[0]} ({message})" if causes else message
+        return message
 
     def _note(self, text: str) -> None:
         with self._lock:

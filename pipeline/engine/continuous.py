@@ -123,8 +123,9 @@ class ContinuousEngine:
         exhausted, pending = False, 0
         try:
             while pending or not exhausted:
-                # Wait for room only with nothing of our own to wait for; otherwise our own finished rows come first.
-                while not exhausted and self._gate.enter(wait=pending == 0):
+                # Finished rows are handed on before new ones are pulled, or a quick engine would pile them up here;
+                # and room is waited for only with nothing of our own to wait for.
+                while not exhausted and outbox.empty() and self._gate.enter(wait=pending == 0):
                     request = None
                     try:
                         request = next(source, None)

@@ -1,0 +1,34 @@
+.PHONY: setup demo test check lint types fast engine chaos constraints
+
+setup:            ## make .venv
+	bash .ci/setup
+
+demo: setup       ## demo model, a real job over the demo prompts, a summary
+	.venv/bin/tokenmill demo --output demo
+	.venv/bin/tokenmill verify demo/completions
+
+test: setup       ## lint, types, every test
+	bash .ci/check
+
+check: test
+
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+types: setup
+	.venv/bin/mypy
+
+fast: setup       ## the developer loop: no engine, no killed processes
+	.venv/bin/pytest -q -m "not engine and not chaos"
+
+engine: setup
+	.venv/bin/pytest -q -m engine
+
+chaos: setup
+	.venv/bin/pytest -q -m chaos
+
+constraints: setup  ## renew the pinned versions
+	.venv/bin/uv pip compile --quiet --python-version 3.11 --override .ci/overrides.txt \
+		--extra cpu --extra demo --extra dashboard --extra dev --no-header --no-annotate \
+		pyproject.toml --output-file .ci/constraints.txt

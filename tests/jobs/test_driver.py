@@ -1,0 +1,332 @@
+"""The driver's decisions as values, and its loop over a small hand-written cluster: retry, give up, stop, limit, drain."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.accept import Accepted
+from jobs.accept import accept
+from jobs.accept import store
+from jobs.api import make_cluster
+from jobs.api import run
+from jobs.cluster.cluster import ReplicaState
+from jobs.cluster.cluster import Result
+from jobs.driver import Driver
+from jobs.driver import Progress
+from jobs.driver import may_submit
+from jobs.driver import next_step
+from jobs.verify import verify
+from pipeline import storage
+from schemas import layout
+from schemas.errors import EngineDead
+from schemas.errors import EngineStartError
+from schemas.errors import ForeignOutput
+from schemas.errors import InputChanged
+from schemas.errors import UnitError
+from schemas.job import JobSpec
+from schemas.manifest import UnitReport
+from schemas.unit import WorkUnit
+from tests.conftest import read_output
+
+MakeJob = Callable[..., JobSpec]
+WriteTable = Callable[..., Path]
+Answer = Callable[[WorkUnit, int], Result]
+
+
+class FakeClock:
+    """Goes on by `step_s` whenever somebody looks."""
+
+    def __init__(self, step_s: float) -> None:
+        self.now, self._step_s = 0.0, step_s
+
+    def __call__(self) -> float:
+        self.now += self._step_s
+        return self.now
+
+
+class ScriptedCluster:
+    """Answers every unit at once with what the script says for unit and attempt; commits nothing."""
+
+    dashboard = None
+
+    def __init__(self, answer: Answer, *, replicas: tuple[ReplicaState, ...] | None = None, clock: FakeClock | None = None) -> None:
+        self._answer, self._clock = answer, clock
+        self._replicas = (ReplicaState(name="scripted", window_rows=16),) if replicas is None else replicas
+        self.submitted: list[tuple[int, int, float]] = []
+        """(unit, attempt, when)."""
+
+    def replicas(self) -> list[ReplicaState]:
+        return list(self._replicas)
+
+    def submit(self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None]) -> None:
+        self.submitted.append((unit.index, attempt, self._clock.now if self._clock else 0.0))
+        done(self._answer(unit, attempt))
+
+    def notes(self) -> list[str]:
+        return []
+
+    def start_seconds(self) -> dict[str, float]:
+        return {}
+
+    def close(self, *, at_once: bool = False) -> None:
+        return
+
+
+def report_of(unit: WorkUnit, error_rows: int = 0) -> dict[str, Any]:
+    report = UnitReport(
+        unit=unit.index,
+        fingerprint="f" * 64,
+        attempt="a",
+        worker="scripted",
+        rows=unit.num_rows,
+        error_rows=error_rows,
+        prompt_tokens=10 * unit.num_rows,
+        completion_tokens=5 * unit.num_rows,
+        started_at=1.0,
+        finished_at=2.0,
+    )
+    return {"report": asdict(report), "outcome": "created"}
+
+
+@pytest.fixture
+def accepted(make_job: MakeJob, write_table: WriteTable) -> Accepted:
+    """Ten units of 16 rows, three attempts each."""
+    write_table([{"id": index, "prompt": f"question {index}"} for index in range(160)])
+    return store(accept(make_job(limits={"attempts": 3})))
+
+
+def replicas(*windows: int) -> list[ReplicaState]:
+    return [ReplicaState(name=f"r{index}", window_rows=window) for index, window in enumerate(windows)]
+
+
+@pytest.mark.parametrize(
+    ("units", "rows", "windows", "expected"),
+    [
+        (0, 0, [], False),  # nobody is there
+        (0, 0, [512], True),
+        (1, 511, [512], True),
+        (1, 512, [512], True),  # the window is full, but a second unit lets its reading overlap
+        (2, 512, [512], False),
+        (9, 511, [512], True),  # small units: as many as fill the window
+        (3, 5000, [512, 512], True),
+        (4, 5000, [512, 512], False),
+        (40, 1000, [512, 512], True),
+        (40, 1024, [512, 512], False),
+    ],
+)
+def test_units_are_submitted_until_every_window_is_full_and_two_units_overlap(
+    units: int, rows: int, windows: list[int], expected: bool
+) -> None:
+    assert may_submit(units, rows, replicas(*windows)) is expected
+
+
+@pytest.mark.parametrize(
+    ("error", "attempt", "expected"),
+    [
+        (UnitError("x"), 1, "retry"),
+        (UnitError("x"), 2, "retry"),
+        (UnitError("x"), 3, "give_up"),
+        (InputChanged("x"), 1, "retry"),
+        (EngineDead("x"), 3, "give_up"),
+        (OSError("x"), 1, "retry"),
+        (KeyError("x"), 3, "give_up"),
+        (ForeignOutput("x"), 1, "stop"),
+        (ForeignOutput("x"), 3, "stop"),
+    ],
+)
+def test_a_failure_is_retried_given_up_or_stops_everything(error: BaseException, attempt: int, expected: str) -> None:
+    assert next_step(error, attempt, 3) == expected
+
+
+def test_every_unit_is_submitted_once_and_counted(accepted: Accepted) -> None:
+    cluster = ScriptedCluster(lambda unit, attempt: report_of(unit))
+    progress = Driver(accepted, cluster).run()
+    assert [unit for unit, _, _ in cluster.submitted] == list(range(10))
+    assert (progress.state, progress.totals.units, progress.totals.rows, progress.totals.completion_tokens) == ("complete", 10, 160, 800)
+    assert (progress.failed, progress.retries, progress.outcomes, progress.units_in_flight) == ({}, 0, {"created": 10}, 0)
+
+
+def test_a_unit_that_fails_once_is_tried_again_and_done(accepted: Accepted) -> None:
+    cluster = ScriptedCluster(lambda unit, attempt: UnitError("a hiccup") if (unit.index, attempt) == (4, 1) else report_of(unit))
+    said: list[str] = []
+
+    def listen(progress: Progress) -> None:
+        said.extend(progress.notes)
+        progress.notes.clear()
+
+    progress = Driver(accepted, cluster, clock=FakeClock(1.0)).run(listen)
+    assert (progress.state, progress.retries, progress.totals.units, progress.failed) == ("complete", 1, 10, {})
+    assert Counter(unit for unit, _, _ in cluster.submitted) == {**dict.fromkeys(range(10), 1), 4: 2}
+    assert said == ["unit 4 failed (attempt 1 of 3), again in 1 s: UnitError: a hiccup"]
+
+
+def test_a_unit_that_cannot_be_done_is_given_up_with_its_reason_and_all_others_are_done(accepted: Accepted) -> None:
+    clock = FakeClock(1.0)
+    cluster = ScriptedCluster(lambda unit, attempt: UnitError(f"try {attempt}") if unit.index == 4 else report_of(unit), clock=clock)
+    progress = Driver(accepted, cluster, clock=clock).run()
+    assert (progress.state, progress.failed, progress.retries) == ("failed", {4: "UnitError: try 3"}, 2)
+    assert (progress.totals.units, progress.totals.rows) == (9, 144)
+    tries = [(attempt, when) for unit, attempt, when in cluster.submitted if unit == 4]
+    assert [attempt for attempt, _ in tries] == [1, 2, 3]
+    first, second, third = (when for _, when in tries)
+    assert second - first >= 1.0
+    assert third - second >= 2.0
+
+
+def test_waiting_for_a_retry_does_not_hold_up_other_units(accepted: Accepted) -> None:
+    clock = FakeClock(0.3)
+    cluster = ScriptedCluster(lambda unit, attempt: UnitError("no") if (unit.index, attempt) == (0, 1) else report_of(unit), clock=clock)
+    assert Driver(accepted, cluster, clock=clock).run().state == "complete"
+    order = [unit for unit, _, _ in cluster.submitted]
+    assert sorted(order) == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert order.index(0, 1) > 4
+
+
+def test_a_lost_engine_costs_an_attempt_and_no_row(accepted: Accepted) -> None:
+    cluster = ScriptedCluster(lambda unit, attempt: EngineDead("killed") if attempt == 1 else report_of(unit))
+    progress = Driver(accepted, cluster, clock=FakeClock(1.0)).run()
+    assert (progress.state, progress.retries, progress.totals.rows) == ("complete", 10, 160)
+
+
+def test_foreign_output_stops_everything(accepted: Accepted) -> None:
+    cluster = ScriptedCluster(lambda unit, attempt: ForeignOutput("part-3 is somebody else's") if unit.index == 3 else report_of(unit))
+    driver = Driver(accepted, cluster)
+    with pytest.raises(ForeignOutput, match="part-3 is somebody else's"):
+        driver.run()
+    submitted = [unit for unit, _, _ in cluster.submitted]
+    assert Counter(submitted)[3] == 1
+    assert len(submitted) <= 5
+    assert driver.progress.failed == {3: "ForeignOutput: part-3 is somebody else's"}
+
+
+def test_an_engine_that_does_not_start_ends_the_run_with_its_reason(accepted: Accepted) -> None:
+    class Hopeless(ScriptedCluster):
+        def replicas(self) -> list[ReplicaState]:
+            raise EngineStartError("no engine replica could be started: not enough memory")
+
+    cluster = Hopeless(lambda unit, attempt: report_of(unit))
+    with pytest.raises(EngineStartError, match="not enough memory"):
+        Driver(accepted, cluster).run()
+    assert cluster.submitted == []
+
+
+def test_more_error_rows_than_the_limit_stop_the_job_undone(make_job: MakeJob, accepted: Accepted) -> None:
+    limited = accept(make_job(limits={"error_rows": 5}))
+    cluster = ScriptedCluster(lambda unit, attempt: report_of(unit, error_rows=2))
+    progress = Driver(limited, cluster).run()
+    assert progress.state == "limit"
+    assert 3 <= progress.totals.units < 10
+    assert progress.totals.error_rows == 2 * progress.totals.units
+
+
+def test_as_many_error_rows_as_the_limit_are_allowed(make_job: MakeJob, accepted: Accepted) -> None:
+    limited = accept(make_job(limits={"error_rows": 20}))
+    cluster = ScriptedCluster(lambda unit, attempt: report_of(unit, error_rows=2))
+    assert Driver(limited, cluster).run().state == "complete"
+
+
+def test_draining_before_the_first_replica_is_ready_ends_the_run(accepted: Accepted) -> None:
+    cluster = ScriptedCluster(lambda unit, attempt: report_of(unit), replicas=())
+    driver = Driver(accepted, cluster)
+    driver.drain()
+    assert driver.run().state == "drained"
+    assert cluster.submitted == []
+
+
+def test_draining_does_not_wait_for_retries(accepted: Accepted) -> None:
+    cluster = ScriptedCluster(lambda unit, attempt: UnitError("no"))
+    driver = Driver(accepted, cluster, clock=lambda: 0.0)  # no retry ever comes up
+    progress = driver.run(lambda progress: driver.drain() if progress.retries else None)
+    assert (progress.state, progress.failed) == ("drained", {})
+
+
+def test_units_in_flight_are_waited_for_when_draining(accepted: Accepted) -> None:
+    """Their answers come only after the drain was asked for."""
+    asked = threading.Event()
+
+    class Slow(ScriptedCluster):
+        def submit(self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None]) -> None:
+            def answer() -> None:
+                asked.wait()
+                done(report_of(unit))
+
+            self.submitted.append((unit.index, attempt, 0.0))
+            threading.Thread(target=answer).start()
+
+    cluster = Slow(lambda unit, attempt: report_of(unit))
+    driver = Driver(accepted, cluster)
+
+    def drain(progress: Progress) -> None:
+        driver.drain()
+        asked.set()
+
+    progress = driver.run(drain)
+    assert (progress.state, progress.totals.units, len(cluster.submitted)) == ("drained", 2, 2)
+
+
+def test_a_drained_job_is_completed_by_the_next_run(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    write_table([{"id": index, "prompt": f"question {index}"} for index in range(320)])
+    job = make_job(engine={"options": {"max_num_seqs": 4}})
+    accepted = store(accept(job))
+    cluster = make_cluster(accepted)
+    driver = Driver(accepted, cluster)
+    try:
+        progress = driver.run(lambda progress: driver.drain() if progress.totals.units else None)
+    finally:
+        cluster.close()
+    assert progress.state == "drained"
+    done = progress.totals.units
+    assert 0 < done < 20
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == done
+    result = run(job, stream=io.StringIO())
+    assert (result.state, result.this_run.units) == ("complete", 20 - done)
+    assert read_output(tmp_path / "out")["id"].to_pylist() == list(range(320))
+
+
+def test_the_limit_of_error_rows_gives_exit_code_3_and_a_higher_one_goes_on(
+    make_job: MakeJob, write_table: WriteTable, tmp_path: Path
+) -> None:
+    write_table([{"id": index, "prompt": None if index % 2 else "fine"} for index in range(640)])
+    small = {"options": {"max_num_seqs": 4}}  # two units at a time
+    stopped = run(make_job(engine=small, limits={"error_rows": 10}), stream=io.StringIO())
+    assert (stopped.state, stopped.exit_code) == ("limit", 3)
+    assert stopped.totals.rows < 640
+    result = run(make_job(engine=small, limits={"error_rows": 1000}), stream=io.StringIO())
+    assert (result.state, result.exit_code, result.totals.error_rows) == ("complete", 0, 320)
+    assert verify(str(tmp_path / "out")).complete
+
+
+def test_a_unit_that_fails_for_good_gives_exit_code_1(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    first = write_table([{"id": index, "prompt": f"question {index}"} for index in range(32)], "in/a.parquet")
+    write_table([{"id": index, "prompt": f"question {index}"} for index in range(32, 64)], "in/b.parquet")
+    store(accept(make_job()))
+    first.write_bytes(first.read_bytes() + b"x")
+    result = run(make_job(limits={"attempts": 1}), stream=io.StringIO())
+    assert (result.state, result.exit_code, sorted(result.failed), result.totals.rows) == ("failed", 1, [0, 1], 32)
+    assert not (tmp_path / "out" / layout.SUCCESS).exists()
+
+
+def test_a_drain_asked_for_in_storage_is_heard(accepted: Accepted) -> None:
+    storage.replace(storage.join(accepted.out_uri, layout.DRAIN), b"")
+    cluster = ScriptedCluster(lambda unit, attempt: report_of(unit))
+    progress = Driver(accepted, cluster).run()
+    assert (progress.state, cluster.submitted) == ("drained", [])
+    assert progress.notes == ["`tokenmill cancel` asked this job to drain"]
+
+
+def test_a_run_knows_what_earlier_runs_have_done(make_job: MakeJob, accepted: Accepted, tmp_path: Path) -> None:
+    run(make_job(), stream=io.StringIO())
+    for lost in sorted((tmp_path / "out").glob("part-*.parquet"))[7:]:
+        lost.unlink()
+    cluster = ScriptedCluster(lambda unit, attempt: report_of(unit))
+    progress = Driver(accept(make_job()), cluster).run()
+    assert (progress.done_before, progress.rows_before, progress.total_units, progress.total_rows) == (7, 112, 10, 160)
+    assert [unit for unit, _, _ in cluster.submitted] == [7, 8, 9]

@@ -1,0 +1,152 @@
+"""Who may import whom, what a light import loads, and that a notebook's own files cannot pass for ours."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jobs
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("schemas", "pipeline", "jobs")
+_FILES = sorted(path for package in _PACKAGES for path in (_ROOT / package).rglob("*.py"))
+
+_ALLOWED = {"schemas": {"schemas"}, "pipeline": {"schemas", "pipeline"}, "jobs": {"schemas", "pipeline", "jobs"}}
+"""jobs → pipeline → schemas, and never back."""
+
+_OWNERS = {
+    "vllm": {"pipeline/engine/vllm.py"},
+    "torch": {"pipeline/engine/vllm.py"},
+    "click": {"jobs/cli.py"},
+    "distributed": {"pipeline/worker.py", "jobs/cluster/local.py"},
+    "dask": {"pipeline/worker.py", "jobs/cluster/local.py"},
+    "fsspec": {"pipeline/storage.py"},
+    "transformers": {"pipeline/render.py"},
+    "yaml": {"jobs/api.py", "jobs/cli.py", "pipeline/profile.py"},
+}
+"""Heavy or narrow packages live with their owner."""
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of every import in a file, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code as a notebook in `folder` would: the folder comes first on sys.path."""
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_there_are_files_to_look_at() -> None:
+    assert {str(path.relative_to(_ROOT)) for path in _FILES} > {"schemas/job.py", "pipeline/unit.py", "jobs/cluster/local.py"}
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    source = "import a.b\nfrom c.d import e\ndef f():\n    import g\n    if True:\n        from h import i\nfrom . import j\n"
+    assert imported(source) == {"a", "c", "g", "h"}
+
+
+@pytest.mark.parametrize("path", _FILES, ids=lambda path: str(path.relative_to(_ROOT)))
+def test_imports_go_from_jobs_to_pipeline_to_schemas_and_never_back(path: Path) -> None:
+    package = path.relative_to(_ROOT).parts[0]
+    ours = imported(path.read_text()) & {*_PACKAGES, "infra", "tests"}
+    assert ours <= _ALLOWED[package]
+
+
+@pytest.mark.parametrize("package", _OWNERS)
+def test_a_heavy_package_is_imported_by_its_owner_alone(package: str) -> None:
+    found = {str(path.relative_to(_ROOT)) for path in _FILES if package in imported(path.read_text())}
+    assert found <= _OWNERS[package]
+
+
+def test_schemas_know_pydantic_and_pyarrow_alone() -> None:
+    names = set().union(*(imported(path.read_text()) for path in _FILES if path.relative_to(_ROOT).parts[0] == "schemas"))
+    assert names - set(sys.stdlib_module_names) == {"schemas", "pydantic", "pyarrow"}
+
+
+def test_no_package_uses_relative_imports() -> None:
+    relative = [
+        str(path.relative_to(_ROOT))
+        for path in _FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
+
+
+@pytest.mark.parametrize("module", ["jobs.cli", "jobs.api", "jobs.plan", "pipeline.render"])
+def test_asking_for_work_loads_no_engine(module: str, tmp_path: Path) -> None:
+    done = python(f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))", tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert module in loaded
+    assert loaded & {"torch", "vllm"} == set()
+
+
+def test_asking_for_help_loads_nearly_nothing(tmp_path: Path) -> None:
+    done = python("import json, sys, jobs.cli; print(json.dumps(sorted(sys.modules)))", tmp_path)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert loaded & {"distributed", "dask", "transformers", "fsspec"} == set()
+
+
+_PAIRS = [(imports, ours) for imports in _PACKAGES for ours in _PACKAGES if imports != ours]
+
+
+@pytest.mark.parametrize(("imports", "ours"), _PAIRS)
+@pytest.mark.parametrize("shadow", ["{}.py", "{}/__init__.py"])
+def test_a_file_that_shadows_a_package_is_named(tmp_path: Path, imports: str, ours: str, shadow: str) -> None:
+    path = tmp_path / shadow.format(ours)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+    done = python(f"import {imports}", tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: {path} is found as '{ours}'")
+    assert str(_ROOT / ours / "__init__.py") in last
+    assert "rename" in last
+
+
+def test_a_folder_of_job_files_that_shadows_a_package_is_named(tmp_path: Path) -> None:
+    """A folder jobs/ full of YAML is a package to Python, too."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "job.yaml").write_text("name: x")
+    done = python("import pipeline", tmp_path)
+    assert done.returncode == 0 or str(tmp_path / "jobs") in done.stderr.splitlines()[-1]
+
+
+def test_nothing_is_shadowed_in_an_empty_folder(tmp_path: Path) -> None:
+    done = python("import jobs, pipeline, schemas; print('fine')", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "fine\n")
+
+
+def test_public_names_are_there_each_time_they_are_asked_for() -> None:
+    """Also after the modules of the same names were loaded."""
+    for path in (_ROOT / "jobs").glob("*.py"):
+        if path.stem != "__init__":
+            importlib.import_module(f"jobs.{path.stem}")
+    assert jobs.__all__
+    for name in jobs.__all__:
+        assert callable(getattr(jobs, name)), name
+        assert callable(getattr(jobs, name)), name
+
+
+def test_public_names_are_there_in_a_fresh_process(tmp_path: Path) -> None:
+    done = python("import jobs; print([name for name in jobs.__all__ if not callable(getattr(jobs, name))])", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'jobs' has no attribute 'nothing'"):
+        _ = jobs.nothing
