@@ -10,10 +10,10 @@ _HOME = _Path(__file__).resolve().parent.parent
 # The packages are named as their folders, and a notebook's own schemas.py or jobs/ is found before them.
 for _name in ("schemas", "pipeline", "jobs"):
     _spec = _find_spec(_name)
-    _origin = _Path(_spec.origin).resolve() if _spec and _spec.origin else None
-    if _origin != _HOME / _name / "__init__.py":
+    _found = [_spec.origin] if _spec and _spec.origin else list(_spec.submodule_search_locations or ()) if _spec else []
+    if [_Path(_path).resolve() for _path in _found] != [_HOME / _name / "__init__.py"]:
         raise ImportError(
-            f"{_origin or 'nothing'} is found as {_name!r}, expected {_HOME / _name / '__init__.py'} of Tokenmill: "
+            f"{', '.join(_found) or 'nothing'} is found as {_name!r}, expected {_HOME / _name / '__init__.py'} of Tokenmill: "
             f"rename the one that shadows it, or take its folder off sys.path"
         )
 

@@ -58,6 +58,10 @@ class Accepted:
 def accept(job: JobSpec) -> Accepted:
     """Check everything that can be checked before an engine starts. Raises JobError."""
     out_uri = storage.absolute(job.output.uri)
+    storage.check_can_create(out_uri)
+    for uri in map(storage.absolute, job.input.uris):
+        if out_uri.startswith(uri.rstrip("/") + "/"):
+            raise JobError(f"output.uri: {out_uri} lies inside the input folder {uri}, whose readers would take completions for prompts")
     model = resolve_model(job.model)
     stored = load_record(out_uri)
     stored_plan = load_plan(out_uri) if stored else None
@@ -160,22 +164,31 @@ def load_plan(out_uri: str) -> Plan | None:
 
 def committed_units(out_uri: str, fingerprint: str) -> dict[int, int]:
     """Sizes of this job's parts by unit. Raises JobError where other Parquet files lie beside them."""
+    done, foreign = list_parts(out_uri, fingerprint)
+    if foreign:
+        raise JobError(foreign[0])
+    return done
+
+
+def list_parts(out_uri: str, fingerprint: str) -> tuple[dict[int, int], list[str]]:
+    """Sizes of this job's parts by unit, and a sentence about each Parquet file that is not one of them."""
     try:
         names = storage.list_names(out_uri)
     except NotADirectoryError:
         raise JobError(f"output.uri: {out_uri} is a file; give a folder") from None
-    done = {}
-    for name, size in names.items():
+    done, foreign = {}, []
+    for name, size in sorted(names.items()):
         if name.startswith((".", "_")) or not name.endswith(".parquet"):
             continue
         match = _PART_NAME.fullmatch(name)
-        if match is None or match.group(2) != fingerprint[:8]:
-            raise JobError(
+        if match is not None and match.group(2) == fingerprint[:8]:
+            done[int(match.group(1))] = size
+        else:
+            foreign.append(
                 f"output.uri: {out_uri} holds {name}, which is not this job's (its parts end in -{fingerprint[:8]}.parquet), and readers "
                 "of the folder would mix the two; move it away, or give this job another output"
             )
-        done[int(match.group(1))] = size
-    return done
+    return done, foreign
 
 
 def _new_objects(job: JobSpec, plan: Plan) -> tuple[str, ...]:

@@ -33,11 +33,11 @@ _JOB = """\
 name: demo
 model: demo
 input:
-  uri: {folder}/prompts/*.parquet
+  uri: {prompts}
   prompt: prompt
   sampling: sampling          # this column may override the sampling of its row
 output:
-  uri: {folder}/completions
+  uri: {completions}
 sampling:
   max_tokens: {max_tokens}
   temperature: 0
@@ -68,5 +68,7 @@ def write_demo(folder: str, *, max_tokens: int) -> str:
             pq.write_table(table.slice(index * step, step), path, compression="zstd")
     (base / "job.schema.json").write_text(json_schema())
     job_file = base / "job.yaml"
-    job_file.write_text(_JOB.format(folder=base, max_tokens=max_tokens))
+    job_file.write_text(
+        _JOB.format(prompts=json.dumps(f"{prompts}/*.parquet"), completions=json.dumps(f"{base}/completions"), max_tokens=max_tokens)
+    )
     return str(job_file)

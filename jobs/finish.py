@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.accept import Accepted
@@ -53,12 +55,20 @@ def finish(accepted: Accepted) -> None:
         b"tokenmill.decides": json.dumps(accepted.record.decides).encode(),
         b"tokenmill.version": accepted.record.tool_version.encode(),
     }
-    buffer = io.BytesIO()
-    pq.write_table(manifest_table(parts, metadata), buffer, compression="zstd")
+    table = manifest_table(parts, metadata)
     storage.sweep_temporaries(accepted.out_uri)
+    _write_manifest(storage.join(accepted.out_uri, layout.MANIFEST), table)
     success = json.dumps({"fingerprint": accepted.record.fingerprint, "units": len(parts), "rows": accepted.plan.num_rows})
-    for name, data in ((layout.MANIFEST, buffer.getvalue()), (layout.SUCCESS, success.encode())):
-        try:
-            storage.create_once(storage.join(accepted.out_uri, name), data)
-        except FileExistsError:
-            continue  # an earlier run closed the job: parts never change, so neither does this
+    with contextlib.suppress(FileExistsError):  # an earlier run closed the job
+        storage.create_once(storage.join(accepted.out_uri, layout.SUCCESS), success.encode())
+
+
+def _write_manifest(uri: str, table: pa.Table) -> None:
+    """Created once; replaced only where a part was lost and made again since, for the parts are the truth."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    try:
+        storage.create_once(uri, buffer.getvalue())
+    except FileExistsError:
+        if not pq.read_table(io.BytesIO(storage.read_bytes(uri))).equals(table):
+            storage.replace(uri, buffer.getvalue())

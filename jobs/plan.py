@@ -186,7 +186,16 @@ def common_schema(objects: Sequence[InputObject], spec: InputSpec) -> pa.Schema:
             "set input.schemas: unify to read their union"
         )
     try:
-        return pa.unify_schemas([item.schema for item in objects], promote_options="permissive")
+        union = pa.unify_schemas([item.schema for item in objects], promote_options="permissive")
+        everywhere = {name for name in union.names if all(name in item.schema.names for item in objects)}
+        fields = [
+            field
+            if field.name in everywhere and all(not item.schema.field(field.name).nullable for item in objects)
+            else field.with_nullable(True)
+            for field in union
+        ]
+        metadata: Any = union.metadata
+        return pa.schema(fields, metadata=metadata)
     except pa.ArrowException as error:
         raise JobError(f"input.uri: the schemas have no union: {error}") from None
 
@@ -198,6 +207,9 @@ def _difference(first: pa.Schema, other: pa.Schema) -> str:
         kind = other.field(field.name).type
         if kind != field.type:
             return f"its column {field.name!r} is {kind}, expected {field.type}"
+        if other.field(field.name).nullable != field.nullable:
+            mine, theirs = ("must not", "may") if field.nullable else ("may", "must not")
+            return f"its column {field.name!r} {mine} be null, where the other's {theirs}"
     extra = [name for name in other.names if name not in first.names]
     return f"it also has column {extra[0]!r}" if extra else f"its columns are in another order: {', '.join(other.names)}"
 
@@ -238,6 +250,9 @@ class _Maker:
             left = group.num_rows
             while left:
                 taken = min(left, self._room(row_tokens, row_bytes))
+                if not taken:
+                    self._close()
+                    continue
                 self._take(item, start, taken)
                 self._tokens += taken * row_tokens
                 self._bytes += taken * row_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -104,14 +105,16 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
     )
     for name in sorted(result.start_s):
         busy, idle = result.busy_s.get(name, 0.0), result.idle_s.get(name, 0.0)
-        table.add_row(f"replica {name}", f"start {result.start_s[name]:.1f} s, engine busy {busy:.1f} s, waiting for rows {idle:.1f} s")
-    table.add_row("output", result.out_uri)
+        table.add_row(
+            Text(f"replica {name}"), f"start {result.start_s[name]:.1f} s, engine busy {busy:.1f} s, waiting for rows {idle:.1f} s"
+        )
+    table.add_row("output", Text(result.out_uri))
     console.print(Group(Text("\n" + "Summary", style="bold"), table), highlight=False)
     if totals.examples:
         errors = Table("kind", "rows", "for example row", "message", title="Error rows", title_justify="left")
         for example in totals.examples:
             kind = example["kind"]
-            errors.add_row(kind, str(totals.errors.get(kind, 0)), str(example["row"]), Text(example["message"]))
+            errors.add_row(Text(kind), str(totals.errors.get(kind, 0)), str(example["row"]), Text(example["message"]))
         console.print(errors)
     for index, reason in list(result.failed.items())[:5]:
         console.print(f"unit {index} failed: {reason}", markup=False, highlight=False, soft_wrap=True)
@@ -127,7 +130,7 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
     if result.exit_code:
         console.print(f"to go on: {resume_command}", markup=False, highlight=False, soft_wrap=True)
     else:
-        console.print(f"proof: tokenmill verify {result.out_uri}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"proof: tokenmill verify {shlex.quote(result.out_uri)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _counts(counts: dict[str, int]) -> str:

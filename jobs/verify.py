@@ -8,8 +8,9 @@ from dataclasses import field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from jobs.accept import committed_units
+from jobs.accept import list_parts
 from jobs.accept import load_plan
 from jobs.accept import load_record
 from pipeline import storage
@@ -24,6 +25,7 @@ from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 
 _BATCH_ROWS = 4096
+_ERROR_COLUMN = 4  # of the added ones, whose first is the completion; see completions.completion_fields
 
 
 @dataclass(slots=True)
@@ -51,11 +53,8 @@ def verify(out_uri: str) -> Verdict:
     verdict = Verdict(rows_expected=plan.num_rows, units=len(plan.units))
     if plan.digest != record.decides["plan"]:
         verdict.problems.append(f"{layout.PLAN} is not the plan that {layout.JOB} names; it was replaced or damaged")
-    try:
-        done = committed_units(out_uri, record.fingerprint)
-    except JobError as error:
-        verdict.problems.append(str(error))
-        done = {}
+    done, foreign = list_parts(out_uri, record.fingerprint)
+    verdict.problems += foreign
     verdict.problems += [f"part of unit {index}, which the plan does not have" for index in sorted(set(done) - set(range(len(plan.units))))]
     for first, last in _runs([unit for unit in plan.units if unit.index not in done]):
         rows = f"rows {first.position} to {last.position + last.num_rows}"
@@ -84,7 +83,7 @@ def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, verdict: Verdi
     try:
         report = read_report(uri)
         if (report.unit, report.fingerprint) != (unit.index, record.fingerprint):
-            verdict.problems.append(f"foreign: {name} says it is unit {report.unit} of job {report.fingerprint[:8]}")
+            verdict.problems.append(f"foreign: {name} ({rows}) says it is unit {report.unit} of job {report.fingerprint[:8]}")
             return
         problem = _compare(unit, uri, record)
     except (pa.ArrowException, OSError, TokenmillError) as error:
@@ -116,15 +115,35 @@ def _compare(unit: WorkUnit, uri: str, record: JobRecord) -> str | None:
                 if not _same(ours, theirs):
                     row = next(index for index in range(batch.num_rows) if not _same(ours.slice(index, 1), theirs.slice(index, 1)))
                     return f"changed: column {name!r} of row {position + row} is not the input's"
+            answered = found.column(len(names)).is_valid().to_pylist()
+            failed = found.column(len(names) + _ERROR_COLUMN).is_valid().to_pylist()
+            for row, (has_completion, has_error) in enumerate(zip(answered, failed, strict=True)):
+                if has_completion == has_error:
+                    return (
+                        f"row {position + row} has {'both a completion and an error' if has_error else 'neither a completion nor an error'}"
+                    )
     return None
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Equal values, NaN being equal to itself. Dictionary columns by their values: chunks may have different dictionaries."""
-    if pa.types.is_dictionary(ours.type):
-        ours, theirs = ours.dictionary_decode(), theirs.dictionary_decode()
-    # Two NaNs are unequal to Arrow, but their text is the same.
-    return bool(ours.equals(theirs)) or (repr(ours.to_pylist()) == repr(theirs.to_pylist()))
+    """Equal values, NaN being equal to itself, which Arrow does not say of it; and whatever the chunks' dictionaries are."""
+    if ours.equals(theirs):
+        return True
+    kind = ours.type
+    if kind != theirs.type or len(ours) != len(theirs) or not ours.is_valid().equals(theirs.is_valid()):
+        return False
+    if pa.types.is_dictionary(kind):
+        return _same(ours.dictionary_decode(), theirs.dictionary_decode())
+    if pa.types.is_floating(kind):
+        mine, other = pc.is_nan(ours), pc.is_nan(theirs)
+        return bool(mine.equals(other) and ours.filter(pc.invert(mine)).equals(theirs.filter(pc.invert(other))))
+    if pa.types.is_struct(kind):
+        return all(_same(mine, other) for mine, other in zip(ours.flatten(), theirs.flatten(), strict=True))
+    if pa.types.is_map(kind):
+        return repr(ours.to_pylist()) == repr(theirs.to_pylist())
+    if hasattr(ours, "flatten"):  # lists of every kind
+        return bool(pc.list_value_length(ours).equals(pc.list_value_length(theirs))) and _same(ours.flatten(), theirs.flatten())
+    return False
 
 
 class _Rows:

@@ -64,7 +64,10 @@ def read_report(uri: str) -> UnitReport:
         raise ForeignOutput(f"{uri} is not one of Tokenmill's parts ({error}); remove it or choose another output") from error
     if META_REPORT not in metadata:
         raise ForeignOutput(f"{uri} carries no unit report, so Tokenmill did not write it; remove it or choose another output")
-    report = UnitReport.from_json(metadata[META_REPORT])
+    try:
+        report = UnitReport.from_json(metadata[META_REPORT])
+    except (ValueError, TypeError) as error:
+        raise ForeignOutput(f"{uri} carries a unit report that cannot be understood ({error}); remove it and run the job again") from None
     if report.rows != rows:
         raise ForeignOutput(f"{uri} has {rows} rows, but its report says {report.rows}; remove it, and run the job again")
     return report

@@ -21,6 +21,7 @@ from schemas.job import DEMO_MODEL
 _ARCHITECTURES = ("LlamaForCausalLM",)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 _BLOCK_BYTES = 1 << 22
 
 
@@ -36,7 +37,6 @@ class Model:
     weights_bytes: int
     max_position_embeddings: int
     vocab_size: int
-    num_parameters_estimate: int
     kv_values_per_token: int
     """Numbers that one token adds to the KV cache, over all layers."""
 
@@ -73,6 +73,9 @@ def _check(path: Path, name: str) -> Model:
     if not (path / "tokenizer.json").is_file():
         raise JobError(f"model: {name} has no tokenizer.json; save it from a fast tokenizer with save_pretrained")
     weights = _weight_files(path, name)
+    missing = [key for key in _CONFIG_SIZES if not isinstance(config.get(key), int)]
+    if missing:
+        raise JobError(f"model: config.json of {name} lacks {', '.join(missing)}, or has no number there; copy the checkpoint whole")
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads") or heads
@@ -80,20 +83,12 @@ def _check(path: Path, name: str) -> Model:
         path=str(path),
         weights_digest=_digest([path / "config.json", *weights]),
         tokenizer_digest=_digest([path / file for file in _TOKENIZER_FILES]),
-        template_digest=_template_digest(path),
+        template_digest=_template_digest(path, name),
         weights_bytes=sum(file.stat().st_size for file in weights),
         max_position_embeddings=int(config["max_position_embeddings"]),
         vocab_size=int(config["vocab_size"]),
-        num_parameters_estimate=_parameters(config, head_dim, kv_heads),
         kv_values_per_token=2 * int(config["num_hidden_layers"]) * kv_heads * head_dim,
     )
-
-
-def _parameters(config: dict[str, Any], head_dim: int, kv_heads: int) -> int:
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config["intermediate_size"]
-    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return int(config["num_hidden_layers"] * layer + embeddings)
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -111,7 +106,10 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 def _weight_files(path: Path, name: str) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = [path / file for file in sorted(set(_read_json(index, name)["weight_map"].values()))]
+        weight_map = _read_json(index, name).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise JobError(f"model: {index} has no weight_map; copy the checkpoint whole")
+        files = [path / str(file) for file in sorted(set(weight_map.values()))]
     else:
         files = sorted(path.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
@@ -120,12 +118,12 @@ def _weight_files(path: Path, name: str) -> list[Path]:
     return files
 
 
-def _template_digest(path: Path) -> str:
+def _template_digest(path: Path, name: str) -> str:
     """The template lies in its own file, or in tokenizer_config.json."""
     if (path / _TEMPLATE_FILE).is_file():
         return _digest([path / _TEMPLATE_FILE])
     config = path / "tokenizer_config.json"
-    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    template = _read_json(config, name).get("chat_template") if config.is_file() else None
     return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else ""
 
 

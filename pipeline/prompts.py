@@ -71,6 +71,8 @@ def check_columns(schema: pa.Schema, spec: InputSpec) -> None:
             raise JobError(f"{field}: the table has no column {column!r}; it has {', '.join(schema.names)}")
         if schema.names.count(column) > 1:
             raise JobError(f"input.prompt: the table has {schema.names.count(column)} columns named {column!r}; rename them")
+    if spec.sampling and not (_is_text(schema.field(spec.sampling).type) or pa.types.is_struct(schema.field(spec.sampling).type)):
+        raise JobError(f"input.sampling: column {spec.sampling!r} is {schema.field(spec.sampling).type}; allowed are JSON text or a struct")
     source = spec.source
     if isinstance(source, PromptTemplate):
         return
@@ -85,8 +87,6 @@ def check_columns(schema: pa.Schema, spec: InputSpec) -> None:
             f"input.prompt: column {column!r} is {kind}; allowed are text, or messages as list<struct<role: string, content: string>>; "
             f'for other types use a template, as in "{{{column}}}"'
         )
-    if spec.sampling and not (_is_text(schema.field(spec.sampling).type) or pa.types.is_struct(schema.field(spec.sampling).type)):
-        raise JobError(f"input.sampling: column {spec.sampling!r} is {schema.field(spec.sampling).type}; allowed are JSON text or a struct")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -113,7 +113,7 @@ def needs_chat(schema: pa.Schema, spec: InputSpec) -> bool:
 def read_prompts(batch: pa.RecordBatch, position: int, job: JobSpec) -> Iterator[Prompt | RowError]:
     """One Prompt or RowError for each row, in order; `position` is the first row's in the whole table."""
     contents = _contents(batch, job.input)
-    overrides: list[Any] = batch.column(job.input.sampling).to_pylist() if job.input.sampling else [None] * batch.num_rows
+    overrides: list[Any] = _values(batch.column(job.input.sampling)) if job.input.sampling else [None] * batch.num_rows
     for offset, override in enumerate(overrides):
         try:
             content = contents(offset)
@@ -126,7 +126,7 @@ def _contents(batch: pa.RecordBatch, spec: InputSpec) -> Callable[[int], Content
     """A function from a row of the batch to its content; raises _BadRow."""
     source = spec.source
     if isinstance(source, PromptTemplate):
-        values = {name: batch.column(name).to_pylist() for name in template_columns(source.template)}
+        values = {name: _values(batch.column(name)) for name in template_columns(source.template)}
         parts = list(Formatter().parse(source.template))
 
         def fill(row: int) -> Content:
@@ -137,21 +137,49 @@ def _contents(batch: pa.RecordBatch, spec: InputSpec) -> Callable[[int], Content
                     value = values[name][row]
                     if value is None:
                         raise _BadRow("empty_prompt", f"column {name!r} is null, and the template needs it")
-                    text += str(value)
+                    text += str(_readable(value, f"column {name!r}"))
             return _with_system(_checked(text, "the filled template"), spec)
 
         return fill
     column = source.messages if isinstance(source, PromptMessages) else source.column
-    rows: list[Any] = batch.column(column).to_pylist()
+    rows = _values(batch.column(column))
     if isinstance(source, PromptMessages) or _is_messages(batch.schema.field(column).type):
         return lambda row: _messages(rows[row], column)
 
     def text(row: int) -> Content:
         if rows[row] is None:
             raise _BadRow("empty_prompt", f"column {column!r} is null")
-        return _with_system(_checked(rows[row], f"column {column!r}"), spec)
+        return _with_system(_checked(_readable(rows[row], f"column {column!r}"), f"column {column!r}"), spec)
 
     return text
+
+
+class _NotText:
+    """Stands for a value whose bytes are no UTF-8."""
+
+
+def _values(column: Any) -> list[Any]:
+    """The column's values; one that Python cannot hold does not cost its neighbours theirs."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (ValueError, OverflowError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return _NotText()
+    except (ValueError, OverflowError):  # such as a time to the nanosecond, or of the year 20000
+        return scalar.cast(pa.string()).as_py()
+
+
+def _readable(value: Any, where: str) -> Any:
+    if isinstance(value, _NotText):
+        raise _BadRow("bad_text", f"{where} is not UTF-8")
+    return value
 
 
 def _with_system(text: str, spec: InputSpec) -> Content:
@@ -177,6 +205,7 @@ def _encodable(text: str, where: str) -> str:
 
 def _messages(value: Any, column: str) -> tuple[Message, ...]:
     where = f"column {column!r}"
+    value = _readable(value, where)
     if value is None:
         raise _BadRow("empty_prompt", f"{where} is null")
     if isinstance(value, str):
@@ -186,6 +215,8 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
             raise _BadRow("bad_messages", f"{where} is not JSON: {error.msg} at character {error.pos}") from None
         except RecursionError:
             raise _BadRow("bad_messages", f"{where} is JSON nested too deeply") from None
+        except ValueError:
+            raise _BadRow("bad_messages", f"{where} holds a number too long to read") from None
     if not isinstance(value, list):
         raise _BadRow("bad_messages", f"{where} is {type(value).__name__}, expected a list of messages")
     if not value:
@@ -208,6 +239,7 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 
 def row_sampling(job: Sampling, override: Any) -> Sampling:
     """The job's sampling with a row's values (JSON text, a mapping, or null) over it."""
+    override = _readable(override, "the row's sampling")
     if override is None:
         return job
     if isinstance(override, str):
@@ -215,11 +247,16 @@ def row_sampling(job: Sampling, override: Any) -> Sampling:
             return job
         try:
             override = json.loads(override)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise _BadRow("bad_sampling", f"the row's sampling is not JSON: {error}") from None
     if not isinstance(override, dict):
         raise _BadRow("bad_sampling", f"the row's sampling is {type(override).__name__}, expected an object")
     values = {key: value for key, value in override.items() if value is not None}
+    for key, value in values.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise _BadRow("bad_sampling", f"{key}: it holds half of a surrogate pair") from None
     try:
         merged = job.merged(values)
     except ValidationError as error:

@@ -106,7 +106,7 @@ def _read_range(parquet: pq.ParquetFile, rows: RowRange, batch_rows: int) -> Ite
     left, skip = rows.num_rows, skip or 0
     if not left:
         return
-    for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=groups):
+    for batch in _batches(parquet, batch_rows, groups):
         if skip >= batch.num_rows:
             skip -= batch.num_rows
             continue
@@ -118,10 +118,30 @@ def _read_range(parquet: pq.ParquetFile, rows: RowRange, batch_rows: int) -> Ite
             return
 
 
+def _batches(parquet: pq.ParquetFile, batch_rows: int, groups: list[int]) -> Iterator[pa.RecordBatch]:
+    """Streamed where Arrow can; nested dictionary columns it only reads a row group at a time."""
+    if not any(_nested_dictionary(field.type) for field in parquet.schema_arrow):
+        yield from parquet.iter_batches(batch_size=batch_rows, row_groups=groups)
+        return
+    for group in groups:
+        yield from parquet.read_row_group(group).to_batches(max_chunksize=batch_rows)
+
+
+def _nested_dictionary(kind: pa.DataType, depth: int = 0) -> bool:
+    if pa.types.is_dictionary(kind):
+        return depth > 0
+    return any(_nested_dictionary(kind.field(index).type, depth + 1) for index in range(kind.num_fields))
+
+
 def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """The batch in the plan's schema: missing columns null, differing types cast. Raises pa.ArrowInvalid where it cannot be."""
     if batch.schema.equals(schema, check_metadata=True):
         return batch
+    if batch.schema.names == schema.names:  # by place: names may be there twice
+        columns = [
+            column if column.type == field.type else column.cast(field.type) for column, field in zip(batch.columns, schema, strict=True)
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
     columns = []
     for field in schema:
         index = batch.schema.get_field_index(field.name)

@@ -138,7 +138,7 @@ class Renderer:
             overflow = len(ids) - budget
             if overflow >= len(offsets):
                 break
-            content = content[offsets[overflow][0] :] if left else content[: offsets[-overflow][0]]
+            content = content[offsets[overflow - 1][1] :] if left else content[: offsets[-overflow][0]]
             messages[users[-1]] = Message(role="user", content=content)
             ids = self._tokenize([self._apply_template(messages)], special=False)[0]
         return ids

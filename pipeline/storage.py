@@ -5,6 +5,7 @@ Create-once (put-if-absent) is what every commit stands on: of any number of wri
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import uuid
@@ -108,25 +109,31 @@ def list_objects(uri: str) -> list[ObjectInfo]:
     fs, path = _open(uri)
     if _GLOB_CHARACTERS & set(path):
         found = fs.glob(path, detail=True).values()
-        kept = [details for details in found if details["type"] == "file" and not _hidden(details["name"])]
+        root = path[: min(path.index(c) for c in _GLOB_CHARACTERS if c in path)].rpartition("/")[0]
+        kept = [details for details in found if _is_file(details, uri) and not _hidden(details["name"], below=root)]
         if not kept:
             raise JobError(f"input.uri: no file matches {uri}; check the path, or quote the glob if a shell expanded it")
     elif fs.isdir(path):
         found = fs.find(path, detail=True).values()
-        kept = [d for d in found if d["type"] == "file" and not _hidden(d["name"], below=path) and d["name"].endswith(_DATA_SUFFIXES)]
+        kept = [d for d in found if _is_file(d, uri) and not _hidden(d["name"], below=path) and d["name"].endswith(_DATA_SUFFIXES)]
         if not kept:
             raise JobError(f"input.uri: the folder {uri} holds no .parquet file")
     else:
         try:
             kept = [fs.info(path)]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise JobError(f"input.uri: there is no {uri}") from None
     return sorted((_info(fs, details, uri) for details in kept), key=lambda item: item.uri)
 
 
-def _hidden(path: str, below: str = "") -> bool:
-    names = path[len(below) :].split("/") if below else [path.rsplit("/", 1)[-1]]
-    return any(name.startswith((".", "_")) for name in names)
+def _is_file(details: dict[str, Any], like: str) -> bool:
+    """Links to files count: hub caches are made of them."""
+    return os.path.isfile(details["name"]) if scheme_of(like) in _LOCAL else details["type"] == "file"
+
+
+def _hidden(path: str, below: str) -> bool:
+    """Whether a name on the way from the folder `below` to the object starts with a dot or an underscore."""
+    return any(name.startswith((".", "_")) for name in path[len(below) :].split("/"))
 
 
 def list_names(uri: str) -> dict[str, int]:
@@ -151,8 +158,17 @@ def open_read(uri: str) -> BinaryIO:
     fs, path = _open(uri)
     if scheme_of(uri) in _LOCAL:
         return open(path, "rb")
+    if scheme_of(uri) == "memory":
+        return io.BytesIO(fs.cat_file(path))  # its files share one position among all readers
     opened: BinaryIO = fs.open(path, "rb")
     return opened
+
+
+def check_can_create(uri: str) -> None:
+    """Raises JobError for a kind of storage whose put-if-absent is not known. Touches nothing."""
+    scheme = scheme_of(uri)
+    if scheme not in (*_LOCAL, *_BLOB, "memory"):
+        raise JobError(f"output.uri: no put-if-absent is known for {scheme}:// ({uri}); use a path, az:// or abfss://")
 
 
 def create_once(uri: str, data: bytes) -> None:
@@ -160,6 +176,7 @@ def create_once(uri: str, data: bytes) -> None:
 
     A FileExistsError may also hide a create of our own whose acknowledgement was lost: compare what is there.
     """
+    check_can_create(uri)
     scheme = scheme_of(uri)
     fs, path = _open(uri)
     if scheme in _LOCAL:
@@ -169,10 +186,8 @@ def create_once(uri: str, data: bytes) -> None:
             if fs.exists(path):
                 raise FileExistsError(uri)
             fs.pipe_file(path, data)
-    elif scheme in _BLOB:
-        fs.pipe_file(path, data, mode="create")  # If-None-Match: *
     else:
-        raise JobError(f"output.uri: no put-if-absent is known for {scheme}:// ({uri}); use a path, az:// or abfss://")
+        fs.pipe_file(path, data, mode="create")  # If-None-Match: *
 
 
 def _create_local(path: Path, data: bytes) -> None:

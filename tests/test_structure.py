@@ -44,9 +44,9 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run code as a notebook in `folder` would: the folder comes first on sys.path."""
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_there_are_files_to_look_at() -> None:
@@ -86,19 +86,25 @@ def test_no_package_uses_relative_imports() -> None:
     assert relative == []
 
 
-@pytest.mark.parametrize("module", ["jobs.cli", "jobs.api", "jobs.plan", "pipeline.render"])
-def test_asking_for_work_loads_no_engine(module: str, tmp_path: Path) -> None:
-    done = python(f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))", tmp_path)
+_IMPORT_ONE_BY_ONE = """
+import importlib, json, sys
+loaded = {}
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    loaded[name] = sorted(sys.modules)
+print(json.dumps(loaded))
+"""
+
+
+def test_asking_for_work_loads_no_engine_and_asking_for_help_nearly_nothing(tmp_path: Path) -> None:
+    modules = ["jobs.cli", "jobs.plan", "jobs.api", "pipeline.render"]
+    done = python(_IMPORT_ONE_BY_ONE, tmp_path, *modules)
     assert done.returncode == 0, done.stderr
-    loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    assert module in loaded
-    assert loaded & {"torch", "vllm"} == set()
-
-
-def test_asking_for_help_loads_nearly_nothing(tmp_path: Path) -> None:
-    done = python("import json, sys, jobs.cli; print(json.dumps(sorted(sys.modules)))", tmp_path)
-    loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    assert loaded & {"distributed", "dask", "transformers", "fsspec"} == set()
+    loaded = {name: set(names) for name, names in json.loads(done.stdout).items()}
+    assert {name: name in names for name, names in loaded.items()} == dict.fromkeys(modules, True)
+    assert {name: names & {"torch", "vllm"} for name, names in loaded.items()} == dict.fromkeys(modules, set())
+    assert loaded["jobs.cli"] & {"distributed", "dask", "transformers", "fsspec", "pyarrow"} == set()
+    assert loaded["jobs.api"] & {"distributed", "dask", "transformers"} == set()
 
 
 _PAIRS = [(imports, ours) for imports in _PACKAGES for ours in _PACKAGES if imports != ours]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -22,6 +23,8 @@ from schemas.errors import EngineDead
 _WINDOW_BATCHES = 2
 """Rows admitted per row of the engine's batch: enough waiting to refill every freed slot at once, and no more."""
 _IDLE_POLL_S = 0.5
+_ROOM_POLL_S = 0.2
+_CLOSE_TIMEOUT_S = 30
 
 
 class _Gate:
@@ -71,6 +74,7 @@ class _Abandon:
 @dataclass(frozen=True, slots=True)
 class _Borrow:
     work: Callable[[Core], None]
+    refuse: Callable[[EngineDead], None]
 
 
 class ContinuousEngine:
@@ -82,6 +86,7 @@ class ContinuousEngine:
         self._keys = itertools.count()
         self._waiting: dict[int, _Admitted] = {}
         self._dead: EngineDead | None = None
+        self._door = threading.Lock()  # between the last message that is taken in and the engine's end
         self._rows = self._prompt_tokens = self._completion_tokens = 0
         self._busy_s = self._idle_s = 0.0
         started: queue.SimpleQueue[Core | BaseException] = queue.SimpleQueue()
@@ -135,20 +140,22 @@ class ContinuousEngine:
                     if request is None:
                         exhausted = True
                         break
-                    if self._dead:
-                        raise self._dead
-                    self._inbox.put(_Admitted(next(self._keys), request, outbox))
+                    self._send(_Admitted(next(self._keys), request, outbox))
                     pending += 1
                 if not pending:
                     continue
-                answer = outbox.get()
+                try:  # others may make room while our own rows are still inside
+                    answer = outbox.get(timeout=None if exhausted else _ROOM_POLL_S)
+                except queue.Empty:
+                    continue
                 if isinstance(answer, EngineDead):
                     raise answer
                 pending -= 1
                 yield answer
         finally:
             if pending:
-                self._inbox.put(_Abandon(outbox))
+                with contextlib.suppress(EngineDead):
+                    self._send(_Abandon(outbox))
 
     def borrow(self, work: Callable[[Core], Answer]) -> Answer:
         """Run `work` on the bare core in the owner thread; for benchmarks of the engine alone. Only while no row is in it."""
@@ -160,15 +167,23 @@ class ContinuousEngine:
             except BaseException as error:  # raised in the caller below
                 outcome.put(error)
 
-        self._inbox.put(_Borrow(guarded))
+        self._send(_Borrow(guarded, outcome.put))
         answer = outcome.get()
         if isinstance(answer, BaseException):
             raise answer
         return answer
 
     def close(self) -> None:
+        """Rows still inside are lost; their callers get EngineDead."""
         self._inbox.put(None)
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=_CLOSE_TIMEOUT_S)
+
+    def _send(self, message: _Admitted | _Abandon | _Borrow) -> None:
+        """Raises EngineDead where nobody would take the message in any more."""
+        with self._door:
+            if self._dead is not None:
+                raise self._dead
+            self._inbox.put(message)
 
     def _own(self, make_core: Callable[[], Core], started: queue.SimpleQueue[Core | BaseException]) -> None:
         try:
@@ -180,6 +195,7 @@ class ContinuousEngine:
         try:
             while self._turn(core):
                 pass
+            self._die(EngineDead(f"the engine was closed with {len(self._waiting)} rows in it"))
             core.close()
         except BaseException as error:
             self._die(EngineDead(f"the engine died with {len(self._waiting)} rows in it: {type(error).__name__}: {error}"))
@@ -233,9 +249,10 @@ class ContinuousEngine:
         self._gate.leave(len(gone))
 
     def _die(self, error: EngineDead) -> None:
-        self._dead = error
+        with self._door:
+            self._dead = error
         self._gate.open()
-        for outbox in {id(a.outbox): a.outbox for a in self._waiting.values()}.values():
+        for outbox in {id(admitted.outbox): admitted.outbox for admitted in self._waiting.values()}.values():
             outbox.put(error)
         while True:
             try:
@@ -244,3 +261,5 @@ class ContinuousEngine:
                 return
             if isinstance(late, _Admitted):
                 late.outbox.put(error)
+            elif isinstance(late, _Borrow):
+                late.refuse(error)

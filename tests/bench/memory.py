@@ -18,7 +18,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _NUM_FILES = 12
-_WORDS = ["the", "a", "new", "red", "river", "carries", "old", "letters", "from", "one", "quiet", "town", "to", "another", "where", "people", "read", "them", "by", "the", "window"]
+_WORDS = [
+    "the",
+    "a",
+    "new",
+    "red",
+    "river",
+    "carries",
+    "old",
+    "letters",
+    "from",
+    "one",
+    "quiet",
+    "town",
+    "to",
+    "another",
+    "where",
+    "people",
+    "read",
+    "them",
+    "by",
+    "the",
+    "window",
+]
 
 
 def write_table(folder: Path, num_rows: int) -> None:

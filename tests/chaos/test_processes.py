@@ -6,6 +6,7 @@ neither rates nor cluster are part of a job's identity.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -298,7 +299,7 @@ def test_nothing_of_a_run_is_left_in_the_temporary_folder(job: Job, tmp_path: Pa
     monkeypatch.setenv("TMPDIR", str(scratch))
     job.write(engine={"options": _QUICK})
     assert job.start().end() == 0
-    assert [path.name for path in scratch.iterdir()] == []
+    assert [path.name for path in scratch.iterdir() if path.name.startswith("tokenmill")] == []
 
 
 _INTERRUPTED_NOTEBOOK = """
@@ -367,6 +368,23 @@ def test_a_full_disk_fails_units_and_hides_no_half_part(job: Job, small_disk: Pa
     assert not verify(str(small_disk)).complete
 
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    job.complete_and_prove()
+
+
+def test_a_disk_without_a_single_byte_left_is_told_without_a_traceback(job: Job, small_disk: Path) -> None:
+    """Not even the status can be written then, which must not end the run."""
+    job.write(cluster={"kind": "inline", "replicas": None}, limits={"attempts": 1})
+    first = job.start()
+    first.wait_for(job.has_parts(1), "its first part")
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert first.end() == 1
+    assert "No space left" in first.stdout + first.stderr
+    assert "Traceback" not in first.stderr
+    assert "to go on: tokenmill run job.yaml" in first.stdout
+    filler.unlink()
     job.complete_and_prove()
 
 

@@ -49,9 +49,7 @@ def test_a_whole_checkpoint_is_accepted_with_its_sizes(tiny_model: Path) -> None
     model = resolve_model(str(tiny_model))
     assert (model.path, model.max_position_embeddings, model.vocab_size) == (str(tiny_model), 512, 320)
     assert model.weights_bytes == (tiny_model / "model.safetensors").stat().st_size
-    # per layer: q and o 64x64 each, k and v 64x32 each, three 64x96; two layers; embeddings in and out 320x64
-    assert model.num_parameters_estimate == 2 * (2 * 4096 + 2 * 2048 + 3 * 6144) + 2 * 20480
-    assert model.kv_values_per_token == 2 * 2 * 1 * 32
+    assert model.kv_values_per_token == 2 * 2 * 1 * 32  # keys and values, layers, heads, numbers of one head
     assert model.has_chat_template
 
 

@@ -45,7 +45,6 @@ MODEL = Model(
     weights_bytes=GB,
     max_position_embeddings=2048,
     vocab_size=32_000,
-    num_parameters_estimate=500_000_000,
     kv_values_per_token=10_000,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -64,28 +65,39 @@ def test_a_second_create_fails_and_the_first_bytes_survive(root: str) -> None:
     assert names_below(root) == ["a"]
 
 
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads are switched as often as they can be."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_of_many_writers_one_wins_whole(root: str) -> None:
-    uri, outcomes = storage.join(root, "folder", "a"), dict[int, bool]()
-    start = threading.Barrier(8)
+    for round_number in range(20):
+        uri, outcomes = storage.join(root, "folder", f"{round_number:02d}"), dict[int, bool]()
+        start = threading.Barrier(8)
 
-    def write(number: int) -> None:
-        start.wait()
-        try:
-            storage.create_once(uri, bytes([number]) * 100_000)
-            outcomes[number] = True
-        except FileExistsError:
-            outcomes[number] = False
+        def write(number: int, uri: str = uri, outcomes: dict[int, bool] = outcomes, start: threading.Barrier = start) -> None:
+            start.wait()
+            try:
+                storage.create_once(uri, bytes([number]) * 10_000)
+                outcomes[number] = True
+            except FileExistsError:
+                outcomes[number] = False
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [number for number, won in outcomes.items() if won]
-    assert len(outcomes) == 8
-    assert len(winners) == 1
-    assert storage.read_bytes(uri) == bytes(winners) * 100_000
-    assert names_below(root) == ["folder/a"]
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [number for number, won in outcomes.items() if won]
+        assert len(outcomes) == 8
+        assert len(winners) == 1
+        assert storage.read_bytes(uri) == bytes(winners) * 10_000
+    assert names_below(root) == [f"folder/{round_number:02d}" for round_number in range(20)]
 
 
 def test_a_removed_object_is_gone_and_removing_it_again_is_nothing(root: str) -> None:

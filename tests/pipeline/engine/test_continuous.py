@@ -93,6 +93,31 @@ class DyingCore(SmallCore):
         return super().step()
 
 
+class PickyCore(SmallCore):
+    """Answers rows below 100 once `first_may_go`, the others once `all_may_go`."""
+
+    def __init__(self) -> None:
+        super().__init__(max_num_seqs=2)
+        self.both, self.another = threading.Semaphore(0), threading.Event()
+        self.first_may_go, self.all_may_go = threading.Event(), threading.Event()
+
+    def add(self, key: int, request: Request) -> RowError | None:
+        error = super().add(key, request)
+        if request.position == 100:
+            self.both.release()
+        if request.position == 101:
+            self.another.set()
+        return error
+
+    def step(self) -> list[tuple[int, Generation]]:
+        for key, request in list(self.held.items()):
+            if self.all_may_go.is_set() or (request.position < 100 and self.first_may_go.is_set()):
+                del self.held[key]
+                return [(key, Generation(position=request.position, choices=(GeneratedChoice(token_ids=[1], finish_reason="stop"),)))]
+        self.all_may_go.wait(0.01)
+        return []
+
+
 class RefusingCore(SmallCore):
     """Raises where it should say why it cannot take a request."""
 
@@ -246,6 +271,31 @@ def test_rows_pulled_ahead_of_their_answers_never_exceed_the_window(start: Start
     assert most <= engine.window_rows + 1  # the one in hand
 
 
+def test_room_that_others_free_is_taken_while_a_callers_own_rows_are_still_inside(start: Start) -> None:
+    """Otherwise one long row of one unit leaves the engine all but idle after the other units are done."""
+    core = PickyCore()
+    engine = start(core)
+
+    def others() -> list[int]:
+        return positions(engine.generate([ask(1), ask(2), ask(3)]))
+
+    def caller() -> list[int]:
+        for _ in range(3):
+            assert core.took.acquire(timeout=PATIENCE_S)  # the others' three are inside: one place is left
+        return positions(engine.generate([ask(100), ask(101), ask(102)]))
+
+    def release() -> bool:
+        assert core.both.acquire(timeout=PATIENCE_S)
+        core.first_may_go.set()
+        came_in = core.another.wait(2)
+        core.all_may_go.set()
+        return came_in
+
+    answers, own, came_in = in_threads(others, caller, release)
+    assert (sorted(answers), sorted(own)) == ([1, 2, 3], [100, 101, 102])
+    assert came_in
+
+
 def test_an_abandoned_caller_frees_its_room_and_its_rows(start: Start) -> None:
     core = SmallCore(max_num_seqs=2)
     engine = start(core)
@@ -259,12 +309,19 @@ def test_an_abandoned_caller_frees_its_room_and_its_rows(start: Start) -> None:
 
 
 def test_abandoning_over_and_over_leaks_no_room(start: Start) -> None:
-    core = SmallCore(max_num_seqs=2)
+    core = SmallCore(max_num_seqs=2, ready=False)
     engine = start(core)
-    for _ in range(20):
-        abandoned = engine.generate(ask(row) for row in range(100))
-        next(abandoned)
-        abandoned.close()
+
+    def failing_source() -> Iterator[Request]:
+        yield from (ask(1), ask(2), ask(3))
+        raise ValueError("the input cannot be read")
+
+    for _ in range(5):  # three of four places each time, and none of the rows is ever answered
+        core.ready.clear()
+        (failed,) = in_threads(lambda: list(engine.generate(failing_source())))
+        assert isinstance(failed, ValueError)
+        core.ready.set()
+        in_threads(lambda: list(engine.generate([ask(9)])))  # once it is answered, the owner has heard of the abandoned
     (answers,) = in_threads(lambda: positions(engine.generate(ask(row) for row in range(20))))
     assert sorted(answers) == list(range(20))
     assert core.most_held <= engine.window_rows
