@@ -81,7 +81,7 @@ def commit(uri: str, data: memoryview | bytes, report: UnitReport) -> Outcome:
         return "created"
     except FileExistsError:
         pass
-    except OSError as error:  # refused for good, or created and the acknowledgement lost: the store knows
+    except Exception as error:  # of whatever SDK: refused for good, or created and the acknowledgement lost; the store knows
         refused = error
     try:
         there = read_report(uri)

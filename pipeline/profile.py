@@ -100,6 +100,10 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     if profile.device == "gpu":
         count = replicas or max(1, machine.num_gpus // int(options.get("tensor_parallel_size", 1)))
         width = int(options.get("tensor_parallel_size", 1))
+        if count * width > machine.num_gpus:
+            raise JobError(
+                f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {machine.num_gpus}"
+            )
         visible = tuple(
             {"CUDA_VISIBLE_DEVICES": ",".join(str(index * width + device) for device in range(width))} for index in range(count)
         )

@@ -191,7 +191,10 @@ def create_once(uri: str, data: bytes) -> None:
 
 
 def _create_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path.parent} is a file, expected a folder") from None
     temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         with open(temporary, "xb") as file:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from pydantic import Field
 from pydantic import model_validator
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -41,21 +42,21 @@ class StructuredOutputs(Frozen):
 class Sampling(Frozen):
     """Sampling of one job or, merged with its row's own values, of one row. Greedy by default."""
 
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: int = Field(default=256, ge=1, lt=2**31)
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
     """0 or -1: all tokens."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     stop: list[str] = []
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    stop_token_ids: list[TokenId] = []
     include_stop_str_in_output: bool = False
     bad_words: list[str] = []
-    allowed_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True

@@ -331,6 +331,31 @@ def test_a_changed_value_of_any_type_is_found(make_job: MakeJob, write_table: Wr
     ]
 
 
+_LONG: dict[str, tuple[Any, Any, pa.DataType]] = {
+    "text": ("x" * 3000 + "y", "x" * 3000 + "z", pa.string()),
+    "bytes": (b"x" * 3000 + b"y", b"x" * 3000 + b"z", pa.binary()),
+    "numbers": ([1.0] * 500 + [2.0] + [1.0] * 500, [1.0] * 500 + [3.0] + [1.0] * 500, pa.list_(pa.float64())),
+    "lists": ([[1]] * 50 + [[2]] + [[1]] * 50, [[1]] * 50 + [[3]] + [[1]] * 50, pa.list_(pa.list_(pa.int64()))),
+    "words": ([{"w": ["a"] * 99}] * 9, [{"w": ["a"] * 50 + ["b"] + ["a"] * 48}] * 9, pa.list_(pa.struct([("w", pa.list_(pa.string()))]))),
+    "nested_nanoseconds": ([1_700_000_000_000_000_001], [1_700_000_000_000_000_002], pa.list_(pa.timestamp("ns"))),
+    "close_numbers": (0.1 + 0.2, 0.3, pa.float64()),
+}
+
+
+@pytest.mark.parametrize("name", _LONG)
+def test_a_change_deep_inside_a_value_is_found(make_job: MakeJob, write_table: WriteTable, tmp_path: Path, name: str) -> None:
+    good, bad, kind = _LONG[name]
+    write_table(pa.table({"value": pa.array([good] * 40, kind), "prompt": ["the same"] * 40}))
+    run(make_job(limits={"attempts": 1}), stream=io.StringIO())
+    assert verify(str(tmp_path / "out")).complete
+    changed = sorted((tmp_path / "out").glob("part-*.parquet"))[1]
+    values = pa.array([good] * 7 + [bad] + [good] * 8, kind)
+    rewrite(changed, lambda table: table.set_column(0, table.schema.field(0), values))
+    assert verify(str(tmp_path / "out")).problems == [
+        f"{changed.name} (rows 16 to 32): changed: column 'value' of row 23 is not the input's"
+    ]
+
+
 def test_parts_are_compared_whole_where_their_row_groups_lie_otherwise_than_the_inputs(
     make_job: MakeJob, write_table: WriteTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
