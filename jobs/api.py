@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import Self
 from typing import TextIO
 
 import yaml
@@ -33,11 +31,9 @@ from jobs.status import read_status as status
 from jobs.status import write_status
 from jobs.summary import RunResult
 from jobs.verify import verify as verify
-from pipeline import storage
 from pipeline.profile import load_profile
 from pipeline.profile import plan_replicas
 from pipeline.profile import this_machine
-from schemas import layout
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_DRAINED
 from schemas.errors import EXIT_LIMIT_REACHED
@@ -107,22 +103,22 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
     began = time.monotonic()
     display = make_display(stream or sys.stderr)
     try:
-        accepted = store(accept(job))
-        _say_beginning(accepted, display)
-        storage.remove(storage.join(accepted.out_uri, layout.DRAIN))  # of an earlier run
-        if not accepted.todo:
-            finish(accepted)
-            return _result(accepted, None, None, began)
-        cluster = make_cluster(accepted)
-        try:
-            progress = _drive(accepted, cluster, display)
-        except BaseException:
-            cluster.close(at_once=True)
-            raise
-        cluster.close(at_once=progress.state != "complete")
-        if progress.state == "complete":
-            finish(accepted)
-        return _result(accepted, progress, cluster, began)
+        with _Interrupts() as interrupts:
+            accepted = store(accept(job))
+            _say_beginning(accepted, display)
+            if not accepted.todo:
+                finish(accepted)
+                return _result(accepted, None, None, began)
+            cluster = make_cluster(accepted)
+            try:
+                progress = _drive(accepted, cluster, display, interrupts)
+            except BaseException:
+                cluster.close(at_once=True)
+                raise
+            cluster.close(at_once=progress.state != "complete")
+            if progress.state == "complete":
+                finish(accepted)
+            return _result(accepted, progress, cluster, began)
     finally:
         display.close()
 
@@ -147,11 +143,53 @@ def make_cluster(accepted: Accepted) -> Cluster:
     return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind)
 
 
-def _drive(accepted: Accepted, cluster: Cluster, display: Display) -> Progress:
-    driver, meter = Driver(accepted, cluster), SpeedMeter()
-    next_status = 0.0
+class _Interrupts:
+    """SIGINT and SIGTERM while a job runs: the first drains, a second, or one before there is anything to drain, stops at once.
 
-    def on_tick(progress: Progress) -> None:
+    Does nothing outside the main thread, which alone hears signals.
+    """
+
+    def __init__(self) -> None:
+        self.driver: Driver | None = None
+        self._heard = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, *_: object) -> None:
+        self._heard += 1
+        if self.driver is None or self._heard > 1:
+            raise StoppedAtOnce
+        self.driver.drain()
+        in_flight = self.driver.progress.units_in_flight
+        self.driver.progress.notes.append(
+            f"draining: {in_flight} units in flight will be finished and committed; Ctrl-C again stops at once"
+        )
+
+
+def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _Interrupts) -> Progress:
+    driver, meter = Driver(accepted, cluster), SpeedMeter()
+    progress, next_status, status_failed = driver.progress, 0.0, False
+
+    def tell_storage(speed: Speed) -> None:
+        """The status is for people; that it cannot be written stops nothing."""
+        nonlocal status_failed
+        try:
+            write_status(accepted.out_uri, progress, speed)
+        except Exception as error:  # whatever the store's SDK raises
+            if not status_failed:
+                display.say(f"the status cannot be written: {type(error).__name__}: {error}")
+            status_failed = True
+
+    def on_tick(_: Progress) -> None:
         nonlocal next_status
         while progress.notes:
             display.say(progress.notes.pop(0))
@@ -159,44 +197,21 @@ def _drive(accepted: Accepted, cluster: Cluster, display: Display) -> Progress:
         display.update(progress, speed)
         if time.monotonic() >= next_status:
             next_status = time.monotonic() + _STATUS_EVERY_S
-            write_status(accepted.out_uri, progress, speed)
+            tell_storage(speed)
 
     if cluster.dashboard:
         display.say(f"Dask dashboard: {cluster.dashboard}")
-    with _interrupts(driver, display):
-        try:
-            return driver.run(on_tick)
-        finally:
-            if driver.progress.state in ("starting", "running", "draining"):
-                driver.progress.state = "failed"  # only an exception leaves it so
-            write_status(accepted.out_uri, driver.progress, Speed())
-
-
-@contextlib.contextmanager
-def _interrupts(driver: Driver, display: Display) -> Iterator[None]:
-    """The first SIGINT or SIGTERM drains, the second stops at once. Only the main thread can be asked."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def on_signal(number: int, _: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise StoppedAtOnce
-        driver.drain()
-        driver.progress.notes.append(
-            f"draining: {driver.progress.units_in_flight} units in flight will be finished and committed; Ctrl-C again stops at once"
-        )
-
-    before: list[tuple[int, Callable[..., Any] | int | None]] = []
-    for asked in (signal.SIGINT, signal.SIGTERM):
-        before.append((asked, signal.signal(asked, on_signal)))
+    interrupts.driver = driver
     try:
-        yield
+        return driver.run(on_tick)
+    except KeyboardInterrupt:
+        progress.state = "interrupted"
+        raise
+    except BaseException:
+        progress.state = "failed"
+        raise
     finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+        tell_storage(Speed())
 
 
 def _say_beginning(accepted: Accepted, display: Display) -> None:

@@ -30,6 +30,9 @@ class _Group(click.Group):
         except TokenmillError as error:
             click.echo(f"tokenmill: {error}", err=True)
             raise click.exceptions.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            click.echo("\nstopped", err=True)
+            raise click.exceptions.Exit(EXIT_DRAINED) from None
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -19,11 +19,12 @@ from jobs.cluster.cluster import Result
 from pipeline import storage
 from schemas import layout
 from schemas.errors import ForeignOutput
+from schemas.errors import InputChanged
 from schemas.manifest import Totals
 from schemas.manifest import UnitReport
 from schemas.unit import WorkUnit
 
-State = Literal["starting", "running", "draining", "complete", "failed", "limit", "drained"]
+State = Literal["starting", "running", "draining", "complete", "failed", "limit", "drained", "interrupted"]
 
 _TICK_S = 0.25
 _CONTROL_EVERY_S = 2.0
@@ -70,7 +71,18 @@ def next_step(error: BaseException, attempt: int, max_attempts: int) -> Literal[
     """What a unit's failure leads to."""
     if isinstance(error, ForeignOutput):
         return "stop"
+    if isinstance(error, InputChanged):
+        return "give_up"
     return "retry" if attempt < max_attempts else "give_up"
+
+
+def drain_asked_since(out_uri: str, began_at: float) -> bool:
+    """Whether `tokenmill cancel` asked after this run began; earlier requests were meant for earlier runs."""
+    try:
+        asked_at = float(storage.read_bytes(storage.join(out_uri, layout.DRAIN)))
+    except (FileNotFoundError, ValueError):
+        return False
+    return asked_at >= began_at
 
 
 class Driver:
@@ -138,7 +150,7 @@ class Driver:
             progress.state = "running"
         if now >= self._next_control and not self._drain.is_set():
             self._next_control = now + _CONTROL_EVERY_S
-            if storage.exists(storage.join(self._accepted.out_uri, layout.DRAIN)):
+            if drain_asked_since(self._accepted.out_uri, progress.began_at):
                 self._say("`tokenmill cancel` asked this job to drain")
                 self.drain()
         if self._over_limit() and not self._drain.is_set():

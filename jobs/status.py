@@ -80,8 +80,10 @@ def read_status(out_uri: str, *, now: float | None = None) -> Status:
     state = said.get("state", "new")
     if state in ("starting", "running", "draining") and age_s is not None and age_s > STALE_AFTER_S:
         state = "interrupted"
-    if storage.exists(storage.join(out_uri, layout.SUCCESS)):
+    if storage.exists(storage.join(out_uri, layout.SUCCESS)) and len(done) == len(plan.units):
         state = "complete"
+    elif state == "complete":
+        state = "interrupted"  # parts were lost since
     return Status(
         name=record.spec.name,
         fingerprint=record.fingerprint,
@@ -100,5 +102,5 @@ def cancel(out_uri: str) -> str:
     """Ask the job's driver to drain; it looks every few seconds. Returns the job's state. Raises JobError where there is no job."""
     status = read_status(out_uri)
     if status.state in ("starting", "running", "draining"):
-        storage.replace(storage.join(status.out_uri, layout.DRAIN), b"")
+        storage.replace(storage.join(status.out_uri, layout.DRAIN), str(time.time()).encode())
     return status.state

@@ -23,6 +23,7 @@ _LOCAL = ("file", "local")
 _BLOB = ("az", "abfs", "abfss")
 _GLOB_CHARACTERS = frozenset("*?[")
 _DATA_SUFFIXES = (".parquet", ".pq")
+_TEMPORARIES = (".tmp-*", "_tokenmill/.tmp-*", "_tokenmill/.probe-*")
 _memory_lock = threading.Lock()
 
 
@@ -195,6 +196,18 @@ def _create_local(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(f"{path.parent} is a file, expected a folder") from None
+    try:
+        _link_new(path, data)
+    except FileNotFoundError:  # another driver closed the job and swept our temporary with those of killed writers
+        _link_new(path, data)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _link_new(path: Path, data: bytes) -> None:
     temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         with open(temporary, "xb") as file:
@@ -204,11 +217,6 @@ def _create_local(path: Path, data: bytes) -> None:
         os.link(temporary, path)  # atomic, and fails where the name exists
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def replace(uri: str, data: bytes) -> None:
@@ -239,8 +247,9 @@ def remove(uri: str) -> None:
 def sweep_temporaries(uri: str) -> None:
     """Delete what killed writers left half-written in a local folder. Call when no writer is at work."""
     if scheme_of(uri) in _LOCAL:
-        for left in Path(absolute(uri)).glob(".tmp-*"):
-            left.unlink(missing_ok=True)
+        for pattern in _TEMPORARIES:
+            for left in Path(absolute(uri)).glob(pattern):
+                left.unlink(missing_ok=True)
 
 
 def probe(uri: str) -> None:

@@ -38,6 +38,7 @@ from schemas.manifest import UnitReport
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 
+_EXAMPLE_CHARACTERS = 160
 _BATCH_ROWS = 128
 """Rows rendered at a time: enough for batch tokenising, little beside what the engine holds."""
 
@@ -186,7 +187,9 @@ class _Tally:
         self.finish_reasons[completion.finish_reason] += 1
         if completion.error is not None:
             if not self.errors[completion.error.kind] and len(self.examples) < MAX_EXAMPLES:
-                self.examples.append({"row": position, "kind": completion.error.kind, "message": completion.error.message[:200]})
+                self.examples.append(
+                    {"row": position, "kind": completion.error.kind, "message": completion.error.message[:_EXAMPLE_CHARACTERS]}
+                )
             self.errors[completion.error.kind] += 1
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -122,7 +121,7 @@ async def _serve(config: WorkerConfig, replica: Any) -> None:
     import dask
     from distributed import Worker
 
-    with dask.config.set(DASK_CONFIG), tempfile.TemporaryDirectory(prefix="tokenmill-worker-") as scratch:
+    with dask.config.set(DASK_CONFIG):
         worker = Worker(
             config.scheduler,
             name=config.name,
@@ -130,7 +129,7 @@ async def _serve(config: WorkerConfig, replica: Any) -> None:
             memory_limit=0,
             metrics={_METRICS_KEY: lambda _: replica.status()},
             dashboard=False,
-            local_directory=scratch,
+            local_directory=str(Path(config.status_path).with_suffix(".scratch")),
         )
         worker.replica = replica
         await worker

@@ -102,7 +102,7 @@ def test_asking_for_work_loads_no_engine_and_asking_for_help_nearly_nothing(tmp_
     assert done.returncode == 0, done.stderr
     loaded = {name: set(names) for name, names in json.loads(done.stdout).items()}
     assert {name: name in names for name, names in loaded.items()} == dict.fromkeys(modules, True)
-    assert {name: names & {"torch", "vllm"} for name, names in loaded.items()} == dict.fromkeys(modules, set())
+    assert {name: names & {"torch", "vllm"} for name, names in loaded.items()} == {name: set() for name in modules}
     assert loaded["jobs.cli"] & {"distributed", "dask", "transformers", "fsspec", "pyarrow"} == set()
     assert loaded["jobs.api"] & {"distributed", "dask", "transformers"} == set()
 

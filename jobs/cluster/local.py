@@ -97,7 +97,7 @@ class LocalCluster:
     def replicas(self) -> list[ReplicaState]:
         known = {field.name for field in fields(ReplicaState)} - {"name"}
         states = []
-        for info in self._dask.scheduler.identity(n_workers=-1)["workers"].values():
+        for info in self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"].values():
             metrics = {key: value for key, value in replica_metrics(info).items() if key in known}
             if metrics:
                 states.append(ReplicaState(name=str(info["name"]), **metrics))

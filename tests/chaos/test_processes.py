@@ -43,7 +43,7 @@ _PATIENCE_S = 90.0
 """Nothing here waits for a time to pass, only for things to happen; this is when a test gives up waiting."""
 _ROWS = 320
 _SLOW = {"decode_tokens_per_s": 150, "prefill_tokens_per_s": 1e6, "max_num_seqs": 5, "lengths": "max"}
-"""A unit of 16 rows and 4 tokens takes about a second of a replica."""
+"""A unit of 16 rows and 4 tokens takes about half a second of a replica."""
 _QUICK = {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}
 
 WriteTable = Callable[..., Path]
@@ -257,6 +257,7 @@ def test_the_workers_of_a_killed_driver_end_and_the_rerun_completes(job: Job) ->
 
 
 def test_cancel_from_another_process_drains(job: Job) -> None:
+    job.write(engine={"options": {**_SLOW, "decode_tokens_per_s": 40}})  # half a minute: the other command takes a few seconds
     first = job.start()
     first.wait_for(job.has_parts(1), "its first part")
     second = job.start("cancel", str(job.out))
