@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
 from dataclasses import dataclass
@@ -26,6 +27,17 @@ from schemas.record import JobRecord
 from schemas.record import encode_schema
 from schemas.unit import WorkUnit
 
+_SPEED_ONLY = frozenset(
+    {
+        "async_scheduling", "block_size", "compilation_config", "decode_tokens_per_s",
+        "distributed_executor_backend",
+        "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
+        "kv_cache_memory_bytes", "load_format",
+        "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size",
+        "prefill_tokens_per_s", "start_s", "tensor_parallel_size",
+    }
+)  # fmt: skip
+"""Engine options that may change between runs of one job: they decide how fast, not what."""
 _PART_NAME = re.compile(r"part-(\d{8})-([0-9a-f]{8})\.parquet")
 
 
@@ -33,6 +45,7 @@ _PART_NAME = re.compile(r"part-(\d{8})-([0-9a-f]{8})\.parquet")
 class Accepted:
     """A job that may run."""
 
+    job: JobSpec
     record: JobRecord
     plan: Plan
     model: Model
@@ -45,10 +58,6 @@ class Accepted:
     """Objects that match the input now and were not there when the plan was made; they are not taken."""
     changed_objects: tuple[str, ...] = ()
     """Planned objects that are not the same any more; their units will fail."""
-
-    @property
-    def job(self) -> JobSpec:
-        return self.record.spec
 
     @property
     def todo(self) -> list[WorkUnit]:
@@ -80,6 +89,11 @@ def accept(job: JobSpec) -> Accepted:
     if inside:
         raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
     record = make_record(job, plan, schema, model)
+    if stored is not None and stored_plan is None and record.fingerprint != stored.fingerprint and not list_parts(out_uri, "")[1]:
+        raise JobError(
+            f"output.uri: an earlier run stopped before it could store its plan, and job or inputs changed since; "
+            f"remove {storage.join(out_uri, layout.JOB)} and run this job again"
+        )
     if stored is not None and (differences := record.differences(stored)):
         raise JobError(
             f"output.uri: {out_uri} was begun by another job (fingerprint {stored.fingerprint[:8]}). What differs:\n  "
@@ -87,7 +101,12 @@ def accept(job: JobSpec) -> Accepted:
             + "\nRun the old job again to finish it, or give this one another output."
         )
     done = committed_units(out_uri, record.fingerprint)
+    if stored is None and storage.exists(storage.join(out_uri, layout.SUCCESS)):
+        raise JobError(
+            f"output.uri: {out_uri} holds the {layout.SUCCESS} of something else, so readers would take it for finished; remove it"
+        )
     return Accepted(
+        job=job,
         record=record,
         plan=plan,
         model=model,
@@ -119,22 +138,31 @@ def make_record(job: JobSpec, plan: Plan, schema: pa.Schema, model: Model) -> Jo
         "chat_template": model.template_digest,
         "sampling": job.sampling.model_dump(by_alias=True, mode="json"),
         "output": {"prefix": job.output.prefix, "token_ids": job.output.token_ids},
-        "engine": {"kind": job.engine.kind, "max_model_len": job.engine.options.get("max_model_len")},
+        "engine": {
+            "kind": job.engine.kind,
+            "options": {name: value for name, value in sorted(job.engine.options.items()) if name not in _SPEED_ONLY},
+        },
     }
     return JobRecord(job=spec, decides=decides, schema=encode_schema(schema), tool_version=importlib.metadata.version("tokenmill"))
 
 
 def store(accepted: Accepted) -> Accepted:
     """Put job and plan into the output, or find them there from a run that was quicker. Raises JobError as `accept` does."""
-    storage.probe(accepted.out_uri)
-    for name, data in ((layout.JOB, accepted.record.to_json()), (layout.PLAN, accepted.plan.to_parquet())):
-        try:
-            storage.create_once(storage.join(accepted.out_uri, name), data)
-        except FileExistsError:
-            continue
-    there = load_record(accepted.out_uri)
-    if there is None or there.fingerprint != accepted.record.fingerprint:
-        raise JobError(f"output.uri: another job began {accepted.out_uri} just now; give this one another output")
+    out_uri = accepted.out_uri
+    storage.probe(out_uri)
+    # Whoever creates the job owns the output; only then may its plan follow, or two drivers could mix theirs.
+    with contextlib.suppress(FileExistsError):
+        storage.create_once(storage.join(out_uri, layout.JOB), accepted.record.to_json())
+    record = load_record(out_uri)
+    if record is None or record.fingerprint != accepted.record.fingerprint:
+        raise JobError(f"output.uri: another job began {out_uri} just now; give this one another output")
+    with contextlib.suppress(FileExistsError):
+        storage.create_once(storage.join(out_uri, layout.PLAN), accepted.plan.to_parquet())
+    plan = load_plan(out_uri)
+    if plan is None or plan.digest != accepted.plan.digest:
+        raise JobError(f"output.uri: {layout.PLAN} in {out_uri} is not the plan that {layout.JOB} names; give this job another output")
+    if accepted.todo:  # of an earlier run, whose parts were lost since
+        storage.remove(storage.join(out_uri, layout.SUCCESS))
     return accepted
 
 
@@ -147,6 +175,8 @@ def load_record(out_uri: str) -> JobRecord | None:
         return None
     except NotADirectoryError:
         raise JobError(f"output.uri: {out_uri} is a file; give a folder") from None
+    except OSError as error:
+        raise JobError(f"output.uri: cannot read {uri}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"output.uri: {uri} is damaged ({error}); choose another output") from None
 
@@ -158,6 +188,8 @@ def load_plan(out_uri: str) -> Plan | None:
         return Plan.from_parquet(storage.read_bytes(uri))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise JobError(f"output.uri: cannot read {uri}: {error}") from error
     except (pa.ArrowException, KeyError, TypeError) as error:
         raise JobError(f"output.uri: {uri} is damaged ({error}); choose another output") from None
 
@@ -176,6 +208,8 @@ def list_parts(out_uri: str, fingerprint: str) -> tuple[dict[int, int], list[str
         names = storage.list_names(out_uri)
     except NotADirectoryError:
         raise JobError(f"output.uri: {out_uri} is a file; give a folder") from None
+    except OSError as error:
+        raise JobError(f"output.uri: cannot list {out_uri}: {error}") from error
     done, foreign = {}, []
     for name, size in sorted(names.items()):
         if name.startswith((".", "_")) or not name.endswith(".parquet"):

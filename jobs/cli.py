@@ -171,7 +171,7 @@ def run(job_file: str | None, as_json: bool, **flags: Any) -> None:
 @_job_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(job_file: str | None, as_json: bool, **flags: Any) -> None:
-    """Check a job and say what a run would do. Writes nothing.
+    """Check a job and say what a run would do. Writes nothing to the output.
 
     \b
     Example:

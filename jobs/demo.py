@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
+import io
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipeline import storage
 
 _PROMPTS = Path(__file__).parent / "demo_prompts.jsonl"
 _NUM_FILES = 3
@@ -64,8 +68,10 @@ def write_demo(folder: str, *, max_tokens: int) -> str:
     step = -(-table.num_rows // _NUM_FILES)
     for index in range(_NUM_FILES):
         path = prompts / f"prompts-{index}.parquet"
-        if not path.exists():
-            pq.write_table(table.slice(index * step, step), path, compression="zstd")
+        buffer = io.BytesIO()
+        pq.write_table(table.slice(index * step, step), buffer, compression="zstd")
+        with contextlib.suppress(FileExistsError):
+            storage.create_once(str(path), buffer.getvalue())
     (base / "job.schema.json").write_text(json_schema())
     job_file = base / "job.yaml"
     job_file.write_text(

@@ -80,8 +80,8 @@ def drain_asked_since(out_uri: str, began_at: float) -> bool:
     """Whether `tokenmill cancel` asked after this run began; earlier requests were meant for earlier runs."""
     try:
         asked_at = float(storage.read_bytes(storage.join(out_uri, layout.DRAIN)))
-    except (FileNotFoundError, ValueError):
-        return False
+    except (OSError, ValueError):
+        return False  # a store that does not answer now is asked again in a moment
     return asked_at >= began_at
 
 
@@ -194,7 +194,12 @@ class Driver:
         progress = self.progress
         progress.units_in_flight = len(self._flying)
         if not isinstance(result, BaseException):
-            progress.totals.add(UnitReport(**result["report"]))
+            report = UnitReport(**result["report"])
+            if result["outcome"] in ("created", "acknowledgement_lost"):
+                progress.totals.add(report)
+            else:  # another driver's work
+                progress.done_before += 1
+                progress.rows_before += report.rows
             progress.outcomes[result["outcome"]] = progress.outcomes.get(result["outcome"], 0) + 1
             return
         reason = f"{type(result).__name__}: {result}"

@@ -45,7 +45,7 @@ def read_reports(accepted: Accepted) -> Iterator[tuple[UnitReport, str, int]]:
 
 
 def finish(accepted: Accepted) -> None:
-    """Raises UnitError where a unit has no part."""
+    """Raises UnitError where a unit has no part, ForeignOutput where a part is not what its name says."""
     parts = list(read_reports(accepted))
     missing = sorted({unit.index for unit in accepted.plan.units} - {report.unit for report, _, _ in parts})
     if missing:

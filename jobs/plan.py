@@ -128,7 +128,11 @@ def list_input(spec: InputSpec) -> list[storage.ObjectInfo]:
     """Every input object once, in the order of the URIs given. Raises JobError where a URI names nothing."""
     found: dict[str, storage.ObjectInfo] = {}
     for uri in spec.uris:
-        for item in storage.list_objects(storage.absolute(uri)):
+        try:
+            listed = storage.list_objects(storage.absolute(uri))
+        except OSError as error:
+            raise JobError(f"input.uri: cannot list {uri}: {error}") from error
+        for item in listed:
             found.setdefault(item.uri, item)
     return list(found.values())
 
@@ -160,6 +164,9 @@ def _look_at(uri: str, wanted: set[str]) -> InputObject | tuple[str, str]:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             return InputObject(uri=uri, identity=identity, row_groups=_row_groups(metadata, wanted), schema=schema)
     except (pa.ArrowException, OSError) as error:
+        # Arrow's own errors have no errno; with one it is the store that failed, and the file may be good.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise JobError(f"input.uri: cannot read {uri}: {error}") from error
         return uri, f"cannot be read as Parquet: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 

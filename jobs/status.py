@@ -80,10 +80,8 @@ def read_status(out_uri: str, *, now: float | None = None) -> Status:
     state = said.get("state", "new")
     if state in ("starting", "running", "draining") and age_s is not None and age_s > STALE_AFTER_S:
         state = "interrupted"
-    if storage.exists(storage.join(out_uri, layout.SUCCESS)) and len(done) == len(plan.units):
-        state = "complete"
-    elif state == "complete":
-        state = "interrupted"  # parts were lost since
+    if storage.exists(storage.join(out_uri, layout.SUCCESS)):
+        state = "complete" if len(done) == len(plan.units) else "interrupted"  # or parts were lost since
     return Status(
         name=record.spec.name,
         fingerprint=record.fingerprint,

@@ -43,7 +43,7 @@ class RunResult:
 
     @property
     def generate_s(self) -> float:
-        """From this run's first read to its last commit."""
+        """From this run's first read to just before its last commit."""
         if self.this_run.started_at is None or self.this_run.finished_at is None:
             return 0.0
         return self.this_run.finished_at - self.this_run.started_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
@@ -62,9 +63,22 @@ def verify(out_uri: str) -> Verdict:
     for unit in plan.units:
         if unit.index in done:
             _verify_unit(unit, out_uri, record, verdict)
-    if not verdict.problems and not storage.exists(storage.join(out_uri, layout.SUCCESS)):
-        verdict.problems.append(f"every row is there, but {layout.SUCCESS} is missing; run the job again to close it")
+    closed_by = _closed_by(out_uri)
+    if not verdict.problems and closed_by != record.fingerprint:
+        what = "missing" if closed_by is None else "another job's"
+        verdict.problems.append(f"every row is there, but {layout.SUCCESS} is {what}; run the job again to close it")
     return verdict
+
+
+def _closed_by(out_uri: str) -> str | None:
+    """The fingerprint in _SUCCESS; empty where it has none, None where there is no such object."""
+    try:
+        said = json.loads(storage.read_bytes(storage.join(out_uri, layout.SUCCESS)))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return ""
+    return str(said.get("fingerprint", "")) if isinstance(said, dict) else ""
 
 
 def _runs(units: list[WorkUnit]) -> Iterator[tuple[WorkUnit, WorkUnit]]:

@@ -81,7 +81,7 @@ def _check(path: Path, name: str) -> Model:
     kv_heads = config.get("num_key_value_heads") or heads
     return Model(
         path=str(path),
-        weights_digest=_digest([path / "config.json", *weights]),
+        weights_digest=_digest([path / "config.json", path / "generation_config.json", *weights]),
         tokenizer_digest=_digest([path / file for file in _TOKENIZER_FILES]),
         template_digest=_template_digest(path, name),
         weights_bytes=sum(file.stat().st_size for file in weights),

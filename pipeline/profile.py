@@ -33,6 +33,8 @@ class Machine:
     memory_bytes: int
     cpu_flags: frozenset[str] = frozenset()
     num_gpus: int = 0
+    visible_gpus: tuple[str, ...] = ()
+    """As CUDA_VISIBLE_DEVICES names them; by default all, by number."""
     tcmalloc: str | None = None
 
 
@@ -65,14 +67,32 @@ def this_machine() -> Machine:
     except OSError:
         pass
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = tuple(device for device in (given or "").split(",") if device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         cores=cores,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _container_memory_bytes()),
         cpu_flags=frozenset(flags),
-        num_gpus=gpus,
+        num_gpus=len(visible) if given is not None else gpus,
+        visible_gpus=visible,
         tcmalloc=ctypes.util.find_library("tcmalloc_minimal"),
     )
+
+
+def _container_memory_bytes() -> int:
+    """The cgroup's limit; no limit is a very large one."""
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def _whole(options: dict[str, Any], name: str, default: int) -> int:
+    value = options.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise JobError(f"engine.options.{name}: found {value!r}, expected a whole number above 0")
+    return value
 
 
 def load_profile(name: str, machine: Machine) -> Profile:
@@ -98,33 +118,33 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
         **profile.options,
     }
     if profile.device == "gpu":
-        count = replicas or max(1, machine.num_gpus // int(options.get("tensor_parallel_size", 1)))
-        width = int(options.get("tensor_parallel_size", 1))
+        width = _whole(options, "tensor_parallel_size", 1)
+        count = replicas or max(1, machine.num_gpus // width)
+        devices = machine.visible_gpus or tuple(map(str, range(machine.num_gpus)))
         if count * width > machine.num_gpus:
             raise JobError(
                 f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {machine.num_gpus}"
             )
-        visible = tuple(
-            {"CUDA_VISIBLE_DEVICES": ",".join(str(index * width + device) for device in range(width))} for index in range(count)
-        )
+        visible = tuple({"CUDA_VISIBLE_DEVICES": ",".join(devices[index * width : (index + 1) * width])} for index in range(count))
         return ReplicaPlan(
             profile=profile.name, replicas=count, options={**made, **options}, environment=profile.environment, device_environments=visible
         )
     made["dtype"] = next((dtype for flag, dtype in profile.dtype_by_cpu_flag.items() if flag in machine.cpu_flags), profile.dtype)
     dtype = str(options.get("dtype", made["dtype"]))
     per_token = model.kv_values_per_token * _WIDTH_BYTES.get(dtype, 2)
-    model_len = int(options.get("max_model_len") or model_len)
+    model_len = _whole(options, "max_model_len", model_len)
     # Room for one longest row at least (vLLM refuses less), and no more than a full batch of longest rows could use.
-    kv_bytes = min(profile.kv_cache_bytes or 1 << 62, per_token * model_len * int(options.get("max_num_seqs", profile.max_num_seqs)))
+    kv_bytes = min(profile.kv_cache_bytes or 1 << 62, per_token * model_len * _whole(options, "max_num_seqs", profile.max_num_seqs))
     kv_bytes = max(kv_bytes, int(1.05 * per_token * model_len))
-    kv_bytes = int(options.get("kv_cache_memory_bytes", kv_bytes))
+    kv_bytes = _whole(options, "kv_cache_memory_bytes", kv_bytes)
     made["kv_cache_memory_bytes"] = kv_bytes
     need = int(1.2 * model.weights_bytes) + kv_bytes + _ENGINE_OVERHEAD_BYTES
     usable = int(_MEMORY_SHARE * machine.memory_bytes)
     fit = usable // need
-    if not fit:
+    if fit < (replicas or 1):
+        what = f"cluster.replicas: {replicas} do not fit" if fit else "model: it does not fit"
         raise JobError(
-            f"model: one replica needs about {need / 1e9:.1f} GB ({model.weights_bytes / 1e9:.1f} GB of weights, "
+            f"{what}: one replica needs about {need / 1e9:.1f} GB ({model.weights_bytes / 1e9:.1f} GB of weights, "
             f"{kv_bytes / 1e9:.1f} GB of KV cache), and {usable / 1e9:.1f} GB of this machine's memory may be used; "
             "set engine.options.max_model_len lower, or take a smaller model"
         )

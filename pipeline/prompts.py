@@ -117,7 +117,9 @@ def read_prompts(batch: pa.RecordBatch, position: int, job: JobSpec) -> Iterator
     for offset, override in enumerate(overrides):
         try:
             content = contents(offset)
-            yield Prompt(position=position + offset, content=content, sampling=row_sampling(job.sampling, override))
+            sampling = row_sampling(job.sampling, override)
+            seed = None if sampling is job.sampling else sampling.seed
+            yield Prompt(position=position + offset, content=content, sampling=sampling, seed=seed)
         except _BadRow as bad:
             yield bad.error
 

@@ -81,15 +81,16 @@ class Renderer:
         if not isinstance(prompt.content, str) and self._tokenizer.chat_template is None:
             return RowError(kind="bad_messages", message="the model's tokenizer has no chat template, which messages need")
         messages = (Message(role="user", content=prompt.content),) if isinstance(prompt.content, str) else prompt.content
+        text = self._apply_template(messages)
+        return text if isinstance(text, RowError) else (text, True)
+
+    def _apply_template(self, messages: Sequence[Message]) -> str | RowError:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._apply_template(messages), True
+            text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             # Templates raise on roles and orders that the model was not trained on.
             return RowError(kind="bad_messages", message=f"the model's chat template refuses the messages: {error}")
-
-    def _apply_template(self, messages: Sequence[Message]) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return text
 
     def _tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
@@ -119,8 +120,7 @@ class Renderer:
             return RowError(kind="prompt_too_long", message=f"the prompt has {len(ids)} tokens, the limit is {limit}{hint}"), len(ids)
         seed = None
         if prompt.sampling.temperature > 0:
-            own = prompt.sampling.seed if prompt.sampling.seed != self._job.sampling.seed else None
-            seed = own if own is not None else row_seed(self._seed_base, prompt.position)
+            seed = prompt.seed if prompt.seed is not None else row_seed(self._seed_base, prompt.position)
         return Request(position=prompt.position, token_ids=ids, sampling=prompt.sampling, seed=seed)
 
     def _shorten(self, prompt: Prompt, ids: list[int], budget: int, *, left: bool) -> list[int]:
@@ -140,5 +140,8 @@ class Renderer:
                 break
             content = content[offsets[overflow - 1][1] :] if left else content[: offsets[-overflow][0]]
             messages[users[-1]] = Message(role="user", content=content)
-            ids = self._tokenize([self._apply_template(messages)], special=False)[0]
+            text = self._apply_template(messages)
+            if isinstance(text, RowError):
+                break  # a template that refuses what is left: the prompt stays too long
+            ids = self._tokenize([text], special=False)[0]
         return ids

@@ -5,25 +5,35 @@ Create-once (put-if-absent) is what every commit stands on: of any number of wri
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from typing import BinaryIO
+from typing import ParamSpec
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
 
 from schemas.errors import JobError
+from schemas.errors import TokenmillError
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
 
 _LOCAL = ("file", "local")
 _BLOB = ("az", "abfs", "abfss")
 _GLOB_CHARACTERS = frozenset("*?[")
 _DATA_SUFFIXES = (".parquet", ".pq")
-_TEMPORARIES = (".tmp-*", "_tokenmill/.tmp-*", "_tokenmill/.probe-*")
+_TEMPORARIES = (".tmp-*", "_tokenmill/.tmp-*")
+_REMOTE_BLOCK_BYTES = 4 << 20
+"""Of read-ahead; adlfs's own 50 MiB, for each column of each unit in flight, would fill the memory."""
 _memory_lock = threading.Lock()
 
 
@@ -72,8 +82,8 @@ def _named(fs: Any, path: str, like: str) -> str:
     if scheme in _LOCAL:
         return str(path)
     parts = urlsplit(like)
-    if scheme == "abfss" and "@" in parts.netloc:
-        return f"abfss://{parts.netloc}/{str(path).split('/', 1)[1]}"
+    if "@" in parts.netloc:  # container@account: adlfs learns the account from here alone
+        return f"{scheme}://{parts.netloc}/{str(path).split('/', 1)[1]}"
     return f"{scheme}://{str(path).lstrip('/')}"
 
 
@@ -88,6 +98,24 @@ def _info(fs: Any, details: dict[str, Any], like: str) -> ObjectInfo:
     return ObjectInfo(uri=_named(fs, path, like), size_bytes=int(details["size"]), version=str(version).strip('"'))
 
 
+def _os_errors(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Stores' SDKs raise what they like; at this border it becomes OSError, so that callers can tell it from our own mistakes."""
+
+    @functools.wraps(call)
+    def guarded(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        try:
+            return call(*args, **kwargs)
+        except (OSError, TokenmillError):
+            raise
+        except Exception as error:
+            if not type(error).__module__.startswith(("azure.", "aiohttp.", "msal")):
+                raise
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    return guarded
+
+
+@_os_errors
 def info(uri: str) -> ObjectInfo:
     """One object. Raises FileNotFoundError."""
     fs, path = _open(uri)
@@ -102,6 +130,7 @@ def exists(uri: str) -> bool:
     return True
 
 
+@_os_errors
 def list_objects(uri: str) -> list[ObjectInfo]:
     """The Parquet objects that a file's, folder's or glob's URI names, sorted by name. Hidden names are left out.
 
@@ -137,6 +166,7 @@ def _hidden(path: str, below: str) -> bool:
     return any(name.startswith((".", "_")) for name in path[len(below) :].split("/"))
 
 
+@_os_errors
 def list_names(uri: str) -> dict[str, int]:
     """Names and sizes in bytes of the files directly in a folder; empty where the folder is not there."""
     fs, path = _open(uri)
@@ -147,6 +177,7 @@ def list_names(uri: str) -> dict[str, int]:
     return {str(d["name"]).rsplit("/", 1)[-1]: int(d["size"] or 0) for d in found if d["type"] == "file"}
 
 
+@_os_errors
 def read_bytes(uri: str) -> bytes:
     """A whole object. Raises FileNotFoundError."""
     fs, path = _open(uri)
@@ -154,6 +185,7 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
+@_os_errors
 def open_read(uri: str) -> BinaryIO:
     """A seekable file. Raises FileNotFoundError."""
     fs, path = _open(uri)
@@ -161,7 +193,7 @@ def open_read(uri: str) -> BinaryIO:
         return open(path, "rb")
     if scheme_of(uri) == "memory":
         return io.BytesIO(fs.cat_file(path))  # its files share one position among all readers
-    opened: BinaryIO = fs.open(path, "rb")
+    opened: BinaryIO = fs.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES)
     return opened
 
 
@@ -172,6 +204,7 @@ def check_can_create(uri: str) -> None:
         raise JobError(f"output.uri: no put-if-absent is known for {scheme}:// ({uri}); use a path, az:// or abfss://")
 
 
+@_os_errors
 def create_once(uri: str, data: bytes) -> None:
     """Create an object whole, or raise FileExistsError and leave what is there as it is.
 
@@ -219,6 +252,7 @@ def _link_new(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@_os_errors
 def replace(uri: str, data: bytes) -> None:
     """Write an object whose history does not matter (a status). Never a commit."""
     fs, path = _open(uri)
@@ -235,6 +269,7 @@ def replace(uri: str, data: bytes) -> None:
         fs.pipe_file(path, data)
 
 
+@_os_errors
 def remove(uri: str) -> None:
     """Delete an object if it is there."""
     fs, path = _open(uri)

@@ -27,6 +27,8 @@ EXIT_START_FAILED = 78
 """sysexits' EX_CONFIG: starting it again would not help."""
 EXIT_ENGINE_DEAD = 70
 _METRICS_KEY = "tokenmill"
+_WATCH_S = 0.2
+_DYING_S = 30.0
 
 ENVIRONMENT = {
     # Must be set before a worker's process starts. Arrow's own pool keeps what it freed, and every thread that runs units
@@ -48,7 +50,7 @@ DASK_CONFIG: dict[str, Any] = {
     "distributed.worker.profile.enabled": False,  # samples stacks every 10 ms with the GIL held
     "distributed.admin.tick.limit": "60s",  # an in-process engine holds the GIL now and then: no reason to log
     "distributed.scheduler.worker-ttl": "30 minutes",  # for the same reason
-    "distributed.scheduler.allowed-failures": 1000,  # the driver counts attempts; a lost worker is not the unit's fault
+    "distributed.scheduler.allowed-failures": 5,  # workers that a task may lose before that counts as an attempt of its unit
     "distributed.scheduler.worker-saturation": 1.0,  # nothing waits on a worker that another could do now
     "distributed.scheduler.active-memory-manager.start": False,
     "distributed.comm.timeouts.connect": "60s",
@@ -80,7 +82,10 @@ def run_unit_task(out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[
     """The Dask task: one unit on this worker's replica."""
     from distributed import get_worker
 
-    result: dict[str, Any] = get_worker().replica.run(out_uri, fingerprint, unit)
+    replica = get_worker().replica
+    if replica.engine.dead is not None:
+        time.sleep(_DYING_S)  # the process ends under this task, which then runs elsewhere without having cost an attempt
+    result: dict[str, Any] = replica.run(out_uri, fingerprint, unit)
     return result
 
 
@@ -149,16 +154,18 @@ def _end_with_parent() -> None:
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass
+    if os.getpgrp() == os.getpid():  # engine cores in processes of their own would go on holding the GPU
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
 def _end_with_engine(replica: Any) -> None:
     """A worker without its engine would fail every unit it is given: leave, and let the supervisor start a new one."""
     while replica.engine.dead is None:
-        time.sleep(1)
+        time.sleep(_WATCH_S)
     dead: EngineDead = replica.engine.dead
     print(f"worker {replica.name}: {dead}", file=sys.stderr, flush=True)
-    time.sleep(2)  # units in flight report first
+    time.sleep(1)  # units in flight report first
     os._exit(EXIT_ENGINE_DEAD)
 
 

@@ -152,7 +152,7 @@ class LimitsSpec(Frozen):
     attempts: int = Field(default=3, ge=1)
     """How often a unit of work is tried before it is reported as failed."""
     error_rows: int | None = Field(default=None, ge=0)
-    """Stop, drained and resumable, once more rows than this came out as errors."""
+    """Start no further work, and end with exit code 3, once more rows than this came out as errors in one run."""
 
 
 class JobSpec(Frozen):

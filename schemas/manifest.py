@@ -70,7 +70,7 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("seconds", pa.string()),
 ]
 MANIFEST_SCHEMA = pa.schema(_FIELDS)
-"""One row a unit; the dicts as JSON text. The file's metadata holds fingerprint and provenance."""
+"""One row a unit; the dicts as JSON text. The file's metadata holds the fingerprint and what it covers."""
 
 
 def manifest_table(parts: Iterable[tuple[UnitReport, str, int]], metadata: dict[bytes, bytes]) -> pa.Table:

@@ -35,3 +35,5 @@ class Prompt:
     position: int
     content: str | tuple[Message, ...]
     sampling: Sampling
+    seed: int | None = None
+    """The row's own, where it names one."""

@@ -85,5 +85,5 @@ class Sampling(Frozen):
         return self
 
     def merged(self, row: dict[str, Any]) -> Sampling:
-        """The job's sampling with a row's own values over it. Raises pydantic's ValidationError."""
-        return Sampling.model_validate({**self.model_dump(by_alias=True, exclude_unset=True), **row})
+        """The job's sampling with a row's own values over it; its seed is the row's alone. Raises pydantic's ValidationError."""
+        return Sampling.model_validate({**self.model_dump(by_alias=True, exclude_unset=True, exclude={"seed"}), **row})

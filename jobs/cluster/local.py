@@ -41,7 +41,9 @@ from schemas.unit import WorkUnit
 
 _MAX_UNITS_PER_REPLICA = 16
 _MAX_RESTARTS = 5
-"""Of one replica, in a row, without having become ready in between."""
+"""Of one replica in a row, each after less than `_STABLE_S` of work."""
+_STABLE_S = 600.0
+_START_LIMIT_S = 1800.0
 _POLL_S = 0.2
 _CLOSE_GRACE_S = 10.0
 _LOG_LINES = 15
@@ -60,6 +62,8 @@ class _Slot:
     restarts: int = 0
     message: str = ""
     start_s: float | None = None
+    since: float = 0.0
+    """Of its state, monotonic seconds."""
 
 
 class LocalCluster:
@@ -88,6 +92,11 @@ class LocalCluster:
     @property
     def dashboard(self) -> str | None:
         return str(self._dask.dashboard_link) if _has_bokeh() else None
+
+    @property
+    def num_replicas(self) -> int:
+        """Ready or not."""
+        return len(self._slots)
 
     @property
     def client(self) -> Client:
@@ -140,8 +149,7 @@ class LocalCluster:
                 continue
             with contextlib.suppress(subprocess.TimeoutExpired):
                 slot.process.wait(max(0.0, deadline - time.monotonic()))
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(slot.process.pid, signal.SIGKILL)  # engine cores of its own, too
+            self._kill_group(slot)
             slot.process.wait()
         with contextlib.suppress(Exception):  # whatever Dask says at its end, the units are committed or not
             self._client.close(timeout=2)
@@ -151,6 +159,15 @@ class LocalCluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _supervise(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # the thread's outermost: without it the driver would wait for replicas for ever
+            for slot in self._slots:
+                if slot.state != "ready":
+                    slot.state, slot.message = "failed", f"its supervisor stopped: {type(error).__name__}: {error}"
+            self._note(f"replicas are not looked after any more: {type(error).__name__}: {error}")
+
+    def _watch(self) -> None:
         while not self._closing.wait(_POLL_S):
             for slot in self._slots:
                 self._look_at(slot)
@@ -165,17 +182,26 @@ class LocalCluster:
             return
         said = self._status(slot)
         if said.get("state") == "ready" and slot.state != "ready":
-            slot.state, slot.start_s, slot.message = "ready", said["start_s"], ""
+            slot.state, slot.start_s, slot.message, slot.since = "ready", said["start_s"], "", time.monotonic()
             self._note(f"replica {slot.name} is ready after {said['start_s']:.0f} s ({said['engine']['kind']}, {said['engine']['dtype']})")
         code = slot.process.poll()
         if code is None:
+            if slot.state == "starting" and time.monotonic() - slot.since > _START_LIMIT_S:
+                slot.state, slot.message = (
+                    "failed",
+                    f"it was not ready after {_START_LIMIT_S / 60:.0f} minutes; the end of its log:\n{self._log_tail(slot)}",
+                )
+                self._kill_group(slot)
             return
-        if said.get("state") == "failed" or code == EXIT_START_FAILED:
+        self._kill_group(slot)
+        # A start that fails where one went well before (a GPU not yet given back, say) is worth another try.
+        if (said.get("state") == "failed" or code == EXIT_START_FAILED) and slot.start_s is None:
             slot.state, slot.message = "failed", self._start_failure(slot, said)
             self._note(f"replica {slot.name} did not start: {slot.message} (log: {self._log(slot)})")
             return
         slot.message = f"its process ended with {_exit_words(code)}"
-        slot.restarts = 1 if slot.state == "ready" else slot.restarts + 1
+        stable = slot.state == "ready" and time.monotonic() - slot.since > _STABLE_S
+        slot.restarts = 1 if stable else slot.restarts + 1
         if slot.restarts > _MAX_RESTARTS:
             slot.state = "failed"
             slot.message += f" {slot.restarts} times in a row; the end of its log:\n{self._log_tail(slot)}"
@@ -208,7 +234,13 @@ class LocalCluster:
                 env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C reaches the driver only
             )
-        slot.state = "starting"
+        slot.state, slot.since = "starting", time.monotonic()
+
+    def _kill_group(self, slot: _Slot) -> None:
+        """The process and whatever it started, such as vLLM's engine core."""
+        if slot.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(slot.process.pid, signal.SIGKILL)
 
     def _raise_if_hopeless(self) -> None:
         if self._slots and all(slot.state == "failed" for slot in self._slots):

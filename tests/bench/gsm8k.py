@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import get_worker
-from distributed import wait
 
 from jobs.accept import Accepted
 from jobs.accept import accept
@@ -154,7 +153,7 @@ def main() -> None:
     assert isinstance(cluster, LocalCluster)
     shares, piped, raws = [], [], []
     try:
-        while len(cluster.replicas()) < len(cluster._slots):
+        while len(cluster.replicas()) < cluster.num_replicas:
             time.sleep(0.2)
         print(f"replicas up after {cluster.start_seconds()} s", flush=True)
         ids = token_ids_of(first, first.model.max_position_embeddings)
@@ -196,7 +195,6 @@ def run_raw(cluster: LocalCluster, ids: list[list[int]], lengths: list[int]) -> 
     names = [replica.name for replica in cluster.replicas()]
     work = list(zip(ids, lengths, strict=True))
     futures = [cluster.client.submit(raw_task, work[index :: len(names)], workers=[name], pure=False) for index, name in enumerate(names)]
-    wait(futures)
     results = [future.result() for future in futures]
     return Measured(output_tokens=int(sum(r["tokens"] for r in results)), seconds=max(r["seconds"] for r in results))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -134,7 +135,7 @@ def test_units_are_submitted_until_every_window_is_full_and_two_units_overlap(
         (UnitError("x"), 1, "retry"),
         (UnitError("x"), 2, "retry"),
         (UnitError("x"), 3, "give_up"),
-        (InputChanged("x"), 1, "retry"),
+        (InputChanged("x"), 1, "give_up"),
         (EngineDead("x"), 3, "give_up"),
         (OSError("x"), 1, "retry"),
         (KeyError("x"), 3, "give_up"),
@@ -315,7 +316,7 @@ def test_a_unit_that_fails_for_good_gives_exit_code_1(make_job: MakeJob, write_t
 
 
 def test_a_drain_asked_for_in_storage_is_heard(accepted: Accepted) -> None:
-    storage.replace(storage.join(accepted.out_uri, layout.DRAIN), b"")
+    storage.replace(storage.join(accepted.out_uri, layout.DRAIN), str(time.time() + 60).encode())
     cluster = ScriptedCluster(lambda unit, attempt: report_of(unit))
     progress = Driver(accepted, cluster).run()
     assert (progress.state, cluster.submitted) == ("drained", [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,13 +252,13 @@ def test_seeds_come_from_fingerprint_and_row_alone(tokenizer: PreTrainedTokenize
 
 
 def test_the_jobs_seed_replaces_the_fingerprint_and_still_differs_by_row(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [ask("a", position, temperature=1.0, seed=5) for position in (0, 1)]
+    rows = [ask("a", position, temperature=1.0) for position in (0, 1)]
     by_base = [seeds(renderer(tokenizer, sampling={"seed": 5}, seed_base=base).render(rows)) for base in ("f", "g")]
     assert by_base[0] == by_base[1] == [row_seed("5", 0), row_seed("5", 1)]
 
 
 def test_a_rows_own_seed_is_taken_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert seeds(renderer(tokenizer, sampling={"seed": 5}).render([ask("a", 3, temperature=1.0, seed=99)])) == [99]
+    assert seeds(renderer(tokenizer, sampling={"seed": 5}).render([replace(ask("a", 3, temperature=1.0), seed=99)])) == [99]
 
 
 def test_completions_are_decoded_with_or_without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
