@@ -20,6 +20,7 @@ from jobs.accept import store
 from jobs.cluster.cluster import Cluster
 from jobs.driver import Driver
 from jobs.driver import Progress
+from jobs.driver import units_at_once
 from jobs.finish import finish
 from jobs.finish import read_reports
 from jobs.progress import Display
@@ -31,6 +32,9 @@ from jobs.status import read_status as status
 from jobs.status import write_status
 from jobs.summary import RunResult
 from jobs.verify import verify as verify
+from pipeline.engine.continuous import window_rows
+from pipeline.model import Model
+from pipeline.profile import ReplicaPlan
 from pipeline.profile import load_profile
 from pipeline.profile import plan_replicas
 from pipeline.profile import this_machine
@@ -40,6 +44,7 @@ from schemas.errors import EXIT_LIMIT_REACHED
 from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import JobError
 from schemas.job import JobSpec
+from schemas.job import SimulatedOptions
 from schemas.job import parse_job
 from schemas.manifest import Totals
 
@@ -86,12 +91,8 @@ def load_job(path: str | Path) -> JobSpec:
 def plan(job: JobSpec) -> PlanReport:
     """Check a job and say what a run would do; writes nothing, starts nothing. Raises JobError."""
     accepted = accept(job)
-    if job.engine.kind == "simulated":
-        return PlanReport(accepted=accepted, replicas=job.cluster.replicas or 1, profile="simulated")
-    machine = this_machine()
-    profile = load_profile(job.engine.profile, machine)
-    cut = plan_replicas(profile, machine, accepted.model, replicas=job.cluster.replicas, options=job.engine.options)
-    return PlanReport(accepted=accepted, replicas=cut.replicas, profile=profile.name)
+    cut = cut_machine(job, accepted.model)
+    return PlanReport(accepted=accepted, replicas=cut.replicas, profile=cut.profile)
 
 
 def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
@@ -126,21 +127,25 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
 def make_cluster(accepted: Accepted) -> Cluster:
     """The cluster that the job asks for; replicas come up in the background. Raises JobError."""
     job = accepted.job
-    if job.engine.kind == "simulated":
-        from pipeline.profile import ReplicaPlan
-
-        cut = ReplicaPlan(profile="simulated", replicas=job.cluster.replicas or 1, options=dict(job.engine.options))
-    else:
-        machine = this_machine()
-        profile = load_profile(job.engine.profile, machine)
-        cut = plan_replicas(profile, machine, accepted.model, replicas=job.cluster.replicas, options=job.engine.options)
+    cut = cut_machine(job, accepted.model)
     if job.cluster.kind == "inline":
         from jobs.cluster.inline import InlineCluster
 
         return InlineCluster(model=accepted.model, kind=job.engine.kind, options=cut.options)
     from jobs.cluster.local import LocalCluster
 
-    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind)
+    at_once = units_at_once(accepted.plan, window_rows(cut.options["max_num_seqs"]))
+    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once)
+
+
+def cut_machine(job: JobSpec, model: Model) -> ReplicaPlan:
+    """The replicas that this machine runs for a job. Raises JobError."""
+    if job.engine.kind == "simulated":
+        options = SimulatedOptions.model_validate(job.engine.options).model_dump()
+        return ReplicaPlan(profile="simulated", replicas=job.cluster.replicas or 1, options=options)
+    machine = this_machine()
+    profile = load_profile(job.engine.profile, machine)
+    return plan_replicas(profile, machine, model, replicas=job.cluster.replicas, options=job.engine.options)
 
 
 class _Interrupts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import queue
 import threading
 import time
@@ -16,6 +17,7 @@ from jobs.accept import Accepted
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from jobs.plan import Plan
 from pipeline import storage
 from schemas import layout
 from schemas.errors import ForeignOutput
@@ -30,6 +32,7 @@ _TICK_S = 0.25
 _CONTROL_EVERY_S = 2.0
 _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2
+_MAX_UNITS_PER_REPLICA = 24
 _MAX_NOTES = 50
 
 
@@ -65,6 +68,15 @@ def may_submit(units_in_flight: int, rows_in_flight: int, replicas: Sequence[Rep
     """
     window_rows = sum(replica.window_rows for replica in replicas)
     return bool(replicas) and (rows_in_flight < window_rows or units_in_flight < _MIN_UNITS_PER_REPLICA * len(replicas))
+
+
+def units_at_once(plan: Plan, window_rows: int) -> int:
+    """Units that one replica has in flight at most: enough rows for its window, and one unit more.
+
+    No more threads than that: each keeps what the tokenizer's Rust side caches, 16 of them 45 MB more than 2.
+    """
+    rows_per_unit = max(1.0, plan.num_rows / len(plan.units))
+    return min(max(math.ceil(window_rows / rows_per_unit) + 1, _MIN_UNITS_PER_REPLICA), _MAX_UNITS_PER_REPLICA)
 
 
 def next_step(error: BaseException, attempt: int, max_attempts: int) -> Literal["retry", "give_up", "stop"]:

@@ -39,7 +39,6 @@ from pipeline.worker import run_unit_task
 from schemas.errors import EngineStartError
 from schemas.unit import WorkUnit
 
-_MAX_UNITS_PER_REPLICA = 16
 _MAX_RESTARTS = 5
 """Of one replica in a row, each after less than `_STABLE_S` of work."""
 _STABLE_S = 600.0
@@ -69,8 +68,8 @@ class _Slot:
 class LocalCluster:
     """Replicas as child processes. They end with this process, however it ends."""
 
-    def __init__(self, *, plan: ReplicaPlan, model: Model, kind: str) -> None:
-        self._plan, self._model, self._kind = plan, model, kind
+    def __init__(self, *, plan: ReplicaPlan, model: Model, kind: str, units_at_once: int) -> None:
+        self._plan, self._model, self._kind, self._units_at_once = plan, model, kind, units_at_once
         self._folder = Path(tempfile.mkdtemp(prefix="tokenmill-"))
         self._slots = [_Slot(name=f"local-{index}", index=index) for index in range(plan.replicas)]
         self._notes: list[str] = []
@@ -219,7 +218,7 @@ class LocalCluster:
             model=asdict(self._model),
             kind=self._kind,
             options=self._plan.options,
-            num_threads=_MAX_UNITS_PER_REPLICA,
+            num_threads=self._units_at_once,
             status_path=str(status),
         )
         config_path = self._folder / f"{slot.name}.config.json"

@@ -77,6 +77,11 @@ class _Borrow:
     refuse: Callable[[EngineDead], None]
 
 
+def window_rows(max_num_seqs: int) -> int:
+    """Rows that an engine with such a batch takes in at once."""
+    return _WINDOW_BATCHES * max_num_seqs
+
+
 class ContinuousEngine:
     """Runs a Core in its own thread, which is the only one that ever touches it."""
 
@@ -96,7 +101,7 @@ class ContinuousEngine:
         if isinstance(outcome, BaseException):
             raise outcome
         self._info = outcome.info
-        self._gate = _Gate(_WINDOW_BATCHES * outcome.info.max_num_seqs)
+        self._gate = _Gate(window_rows(outcome.info.max_num_seqs))
 
     @property
     def info(self) -> EngineInfo:
@@ -105,7 +110,7 @@ class ContinuousEngine:
     @property
     def window_rows(self) -> int:
         """Rows that may be in the engine at once."""
-        return _WINDOW_BATCHES * self._info.max_num_seqs
+        return window_rows(self._info.max_num_seqs)
 
     @property
     def dead(self) -> EngineDead | None:
