@@ -24,6 +24,8 @@ from jobs.driver import Driver
 from jobs.driver import Progress
 from jobs.driver import may_submit
 from jobs.driver import next_step
+from jobs.driver import units_at_once
+from jobs.plan import Plan
 from jobs.verify import verify
 from pipeline import storage
 from schemas import layout
@@ -34,6 +36,7 @@ from schemas.errors import InputChanged
 from schemas.errors import UnitError
 from schemas.job import JobSpec
 from schemas.manifest import UnitReport
+from schemas.unit import RowRange
 from schemas.unit import WorkUnit
 from tests.conftest import read_output
 
@@ -331,3 +334,17 @@ def test_a_run_knows_what_earlier_runs_have_done(make_job: MakeJob, accepted: Ac
     progress = Driver(accept(make_job()), cluster).run()
     assert (progress.done_before, progress.rows_before, progress.total_units, progress.total_rows) == (7, 112, 10, 160)
     assert [unit for unit, _, _ in cluster.submitted] == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("num_units", "rows", "window_rows", "expected"),
+    [(32, 41, 256, 8), (15, 16, 256, 17), (32, 31_250, 512, 2), (500, 16, 2048, 24), (1, 0, 256, 24)],
+    ids=["gsm8k", "small units", "units above the window", "no more than the limit", "no rows"],
+)
+def test_units_in_flight_fill_the_window_and_one_more(num_units: int, rows: int, window_rows: int, expected: int) -> None:
+    ranges = [
+        RowRange(uri="a", identity="1", row_start=rows * unit, row_stop=rows * (unit + 1), position=rows * unit)
+        for unit in range(num_units)
+    ]
+    plan = Plan(units=tuple(WorkUnit(index=index, ranges=(part,)) for index, part in enumerate(ranges)))
+    assert units_at_once(plan, window_rows) == expected
