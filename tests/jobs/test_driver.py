@@ -342,9 +342,7 @@ def test_a_run_knows_what_earlier_runs_have_done(make_job: MakeJob, accepted: Ac
     ids=["gsm8k", "small units", "units above the window", "no more than the limit", "no rows"],
 )
 def test_units_in_flight_fill_the_window_and_one_more(num_units: int, rows: int, window_rows: int, expected: int) -> None:
-    ranges = [
-        RowRange(uri="a", identity="1", row_start=rows * unit, row_stop=rows * (unit + 1), position=rows * unit)
-        for unit in range(num_units)
-    ]
+    starts = [rows * unit for unit in range(num_units)]
+    ranges = [RowRange(uri="a", identity="1", row_start=start, row_stop=start + rows, position=start) for start in starts]
     plan = Plan(units=tuple(WorkUnit(index=index, ranges=(part,)) for index, part in enumerate(ranges)))
     assert units_at_once(plan, window_rows) == expected
