@@ -28,7 +28,7 @@ from schemas.unit import WorkUnit
 
 State = Literal["starting", "running", "draining", "complete", "failed", "limit", "drained", "interrupted"]
 
-_TICK_S = 0.25
+_TICK_S = 0.5
 _CONTROL_EVERY_S = 2.0
 _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2

@@ -48,6 +48,9 @@ DASK_CONFIG: dict[str, Any] = {
     "distributed.worker.memory.terminate": False,
     "distributed.worker.daemon": False,  # vLLM on GPUs has children, which daemons may not
     "distributed.worker.profile.enabled": False,  # samples stacks every 10 ms with the GIL held
+    # Every wake-up of an event loop takes the GIL, or a core, from an engine in the same process or on the same machine.
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
     "distributed.admin.tick.limit": "60s",  # an in-process engine holds the GIL now and then: no reason to log
     "distributed.scheduler.worker-ttl": "30 minutes",  # for the same reason
     "distributed.scheduler.allowed-failures": 5,  # workers that a task may lose before that counts as an attempt of its unit

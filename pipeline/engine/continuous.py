@@ -23,7 +23,7 @@ from schemas.errors import EngineDead
 _WINDOW_BATCHES = 2
 """Rows admitted per row of the engine's batch: enough waiting to refill every freed slot at once, and no more."""
 _IDLE_POLL_S = 0.5
-_ROOM_POLL_S = 0.2
+_ROOM_POLL_S = 1.0
 _CLOSE_TIMEOUT_S = 30
 
 
