@@ -70,5 +70,5 @@ def _write_manifest(uri: str, table: pa.Table) -> None:
     try:
         storage.create_once(uri, buffer.getvalue())
     except FileExistsError:
-        if not pq.read_table(io.BytesIO(storage.read_bytes(uri))).equals(table):
+        if not pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))).read(use_threads=False).equals(table):
             storage.replace(uri, buffer.getvalue())
