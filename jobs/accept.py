@@ -194,6 +194,14 @@ def load_plan(out_uri: str) -> Plan | None:
         raise JobError(f"output.uri: {uri} is damaged ({error}); choose another output") from None
 
 
+def load_job_of(out_uri: str) -> tuple[JobRecord, Plan]:
+    """The job that an output belongs to, and its plan. Raises JobError where there is none."""
+    record, plan = load_record(out_uri), load_plan(out_uri)
+    if record is None or plan is None:
+        raise JobError(f"{out_uri} holds no job ({layout.JOB} is missing); give the folder that a job writes to")
+    return record, plan
+
+
 def committed_units(out_uri: str, fingerprint: str) -> dict[int, int]:
     """Sizes of this job's parts by unit. Raises JobError where other Parquet files lie beside them."""
     done, foreign = list_parts(out_uri, fingerprint)

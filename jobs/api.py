@@ -47,6 +47,7 @@ from schemas.job import JobSpec
 from schemas.job import SimulatedOptions
 from schemas.job import parse_job
 from schemas.manifest import Totals
+from schemas.manifest import UnitReport
 
 __all__ = ["PlanReport", "RunResult", "StoppedAtOnce", "cancel", "load_job", "plan", "run", "status", "verify"]
 
@@ -108,8 +109,7 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
             accepted = store(accept(job))
             _say_beginning(accepted, display)
             if not accepted.todo:
-                finish(accepted)
-                return _result(accepted, None, None, began)
+                return _result(accepted, finish(accepted), None, None, began)
             cluster = make_cluster(accepted)
             try:
                 progress = _drive(accepted, cluster, display, interrupts)
@@ -117,9 +117,8 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
                 cluster.close(at_once=True)
                 raise
             cluster.close(at_once=progress.state != "complete")
-            if progress.state == "complete":
-                finish(accepted)
-            return _result(accepted, progress, cluster, began)
+            reports = finish(accepted) if progress.state == "complete" else [report for report, _, _ in read_reports(accepted)]
+            return _result(accepted, reports, progress, cluster, began)
     finally:
         display.close()
 
@@ -231,9 +230,9 @@ def _say_beginning(accepted: Accepted, display: Display) -> None:
         display.say(f"left out: {uri}: {reason}")
 
 
-def _result(accepted: Accepted, progress: Progress | None, cluster: Cluster | None, began: float) -> RunResult:
+def _result(accepted: Accepted, reports: list[UnitReport], progress: Progress | None, cluster: Cluster | None, began: float) -> RunResult:
     totals = Totals()
-    for report, _, _ in read_reports(accepted):
+    for report in reports:
         totals.add(report)
     state = progress.state if progress else "complete"
     replicas = progress.replicas if progress else []

@@ -44,8 +44,8 @@ def read_reports(accepted: Accepted) -> Iterator[tuple[UnitReport, str, int]]:
         yield from pool.map(read, sorted(set(sizes) & set(units)))
 
 
-def finish(accepted: Accepted) -> None:
-    """Raises UnitError where a unit has no part, ForeignOutput where a part is not what its name says."""
+def finish(accepted: Accepted) -> list[UnitReport]:
+    """Every unit's report. Raises UnitError where a unit has no part, ForeignOutput where a part is not what its name says."""
     parts = list(read_reports(accepted))
     missing = sorted({unit.index for unit in accepted.plan.units} - {report.unit for report, _, _ in parts})
     if missing:
@@ -61,6 +61,7 @@ def finish(accepted: Accepted) -> None:
     success = json.dumps({"fingerprint": accepted.record.fingerprint, "units": len(parts), "rows": accepted.plan.num_rows})
     with contextlib.suppress(FileExistsError):  # an earlier run closed the job
         storage.create_once(storage.join(accepted.out_uri, layout.SUCCESS), success.encode())
+    return [report for report, _, _ in parts]
 
 
 def _write_manifest(uri: str, table: pa.Table) -> None:

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.accept import committed_units
-from jobs.accept import load_plan
-from jobs.accept import load_record
+from jobs.accept import load_job_of
 from jobs.driver import Progress
 from jobs.progress import Speed
 from pipeline import storage
 from schemas import layout
-from schemas.errors import JobError
 
 STALE_AFTER_S = 60.0
 """A driver that runs says so every few seconds."""
@@ -68,9 +66,7 @@ def write_status(out_uri: str, progress: Progress, speed: Speed) -> None:
 def read_status(out_uri: str, *, now: float | None = None) -> Status:
     """Raises JobError where there is no job."""
     out_uri = storage.absolute(out_uri)
-    record, plan = load_record(out_uri), load_plan(out_uri)
-    if record is None or plan is None:
-        raise JobError(f"{out_uri} holds no job ({layout.JOB} is missing); give the folder that a job writes to")
+    record, plan = load_job_of(out_uri)
     done = committed_units(out_uri, record.fingerprint)
     try:
         said: dict[str, Any] = json.loads(storage.read_bytes(storage.join(out_uri, layout.STATUS)))

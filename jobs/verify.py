@@ -12,15 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.accept import list_parts
-from jobs.accept import load_plan
-from jobs.accept import load_record
+from jobs.accept import load_job_of
 from pipeline import storage
 from pipeline.commit import read_report
 from pipeline.read import open_parquet
 from pipeline.read import read_unit
 from schemas import layout
 from schemas.completions import output_schema
-from schemas.errors import JobError
 from schemas.errors import TokenmillError
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
@@ -48,9 +46,7 @@ class Verdict:
 def verify(out_uri: str) -> Verdict:
     """Read inputs and parts side by side. Raises JobError where there is no job."""
     out_uri = storage.absolute(out_uri)
-    record, plan = load_record(out_uri), load_plan(out_uri)
-    if record is None or plan is None:
-        raise JobError(f"{out_uri} holds no job ({layout.JOB} is missing); give the folder that a job writes to")
+    record, plan = load_job_of(out_uri)
     verdict = Verdict(rows_expected=plan.num_rows, units=len(plan.units))
     if plan.digest != record.decides["plan"]:
         verdict.problems.append(f"{layout.PLAN} is not the plan that {layout.JOB} names; it was replaced or damaged")
