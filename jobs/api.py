@@ -134,7 +134,9 @@ def make_cluster(accepted: Accepted) -> Cluster:
     from jobs.cluster.local import LocalCluster
 
     at_once = units_at_once(accepted.plan, window_rows(cut.options["max_num_seqs"]))
-    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once)
+    return LocalCluster(
+        plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once, silence_s=job.limits.engine_silence_s
+    )
 
 
 def cut_machine(job: JobSpec, model: Model) -> ReplicaPlan:
@@ -148,13 +150,15 @@ def cut_machine(job: JobSpec, model: Model) -> ReplicaPlan:
 
 
 class _Interrupts:
-    """SIGINT and SIGTERM while a job runs: the first drains, a second, or one before there is anything to drain, stops at once.
+    """SIGINT and SIGTERM while a job runs. The first drains: after Ctrl-C units in flight are finished, after SIGTERM, which is
+    how a spot machine goes, they only save what is finished. A second one, or one before there is anything to drain, stops at once.
 
     Does nothing outside the main thread, which alone hears signals.
     """
 
     def __init__(self) -> None:
         self.driver: Driver | None = None
+        self.cluster: Cluster | None = None
         self._heard = 0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -168,15 +172,17 @@ class _Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, *_: object) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         self._heard += 1
-        if self.driver is None or self._heard > 1:
+        if self.driver is None or self.cluster is None or self._heard > 1:
             raise StoppedAtOnce
         self.driver.drain()
+        what = "will be finished and committed"
+        if number == signal.SIGTERM:
+            what = "save their finished rows"
+            self.cluster.evict()
         in_flight = self.driver.progress.units_in_flight
-        self.driver.progress.notes.append(
-            f"draining: {in_flight} units in flight will be finished and committed; Ctrl-C again stops at once"
-        )
+        self.driver.progress.notes.append(f"draining: {in_flight} units in flight {what}; Ctrl-C again stops at once")
 
 
 def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _Interrupts) -> Progress:
@@ -205,7 +211,7 @@ def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _
 
     if cluster.dashboard:
         display.say(f"Dask dashboard: {cluster.dashboard}")
-    interrupts.driver = driver
+    interrupts.driver, interrupts.cluster = driver, cluster
     try:
         return driver.run(on_tick)
     except KeyboardInterrupt:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 import queue
+import statistics
 import threading
 import time
+from collections import defaultdict
+from collections import deque
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
@@ -20,8 +24,10 @@ from jobs.cluster.cluster import Result
 from jobs.plan import Plan
 from pipeline import storage
 from schemas import layout
+from schemas.errors import EngineDead
 from schemas.errors import ForeignOutput
 from schemas.errors import InputChanged
+from schemas.errors import ReplicaLost
 from schemas.manifest import Totals
 from schemas.manifest import UnitReport
 from schemas.unit import WorkUnit
@@ -34,6 +40,15 @@ _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2
 _MAX_UNITS_PER_REPLICA = 24
 _MAX_NOTES = 50
+_MAX_LOSSES = 30
+"""Of one unit: replicas that went away under it. Isolating a deadly row takes some ten; more than this is no accident."""
+_LOSS_WAIT_S = 2.0
+"""Before a unit whose replica went away is tried again: what was in its engine is stored meanwhile."""
+_USUAL_OF = 64
+"""Latest units whose median time is the usual one."""
+_SLOW_FACTOR = 3.0
+_SLOW_LEAST_S = 10.0
+"""A unit is slow when it takes three times the usual, and longer than this."""
 
 
 @dataclass(slots=True)
@@ -79,13 +94,24 @@ def units_at_once(plan: Plan, window_rows: int) -> int:
     return min(max(math.ceil(window_rows / rows_per_unit) + 1, _MIN_UNITS_PER_REPLICA), _MAX_UNITS_PER_REPLICA)
 
 
-def next_step(error: BaseException, attempt: int, max_attempts: int) -> Literal["retry", "give_up", "stop"]:
-    """What a unit's failure leads to."""
+def next_step(error: BaseException, tries: Tries, max_attempts: int) -> Literal["retry", "give_up", "stop"]:
+    """What a unit's failure leads to, counted in `tries` already."""
     if isinstance(error, ForeignOutput):
         return "stop"
     if isinstance(error, InputChanged):
         return "give_up"
-    return "retry" if attempt < max_attempts else "give_up"
+    return "retry" if tries.attempts < max_attempts and tries.losses < _MAX_LOSSES else "give_up"
+
+
+def slow_unit(flying: Mapping[int, Flying], usual_s: float | None, idle: Sequence[ReplicaState], now: float) -> int | None:
+    """The unit to run a second time because it holds up the end: the longest in flight, if that is far beyond the usual."""
+    if usual_s is None or not idle:
+        return None
+    alone = {index: flight for index, flight in flying.items() if flight.copies == 1 and not flight.doubled}
+    if not alone:
+        return None
+    index = min(alone, key=lambda each: alone[each].since)
+    return index if now - alone[index].since > max(_SLOW_LEAST_S, _SLOW_FACTOR * usual_s) else None
 
 
 def drain_asked_since(out_uri: str, began_at: float) -> bool:
@@ -97,6 +123,26 @@ def drain_asked_since(out_uri: str, began_at: float) -> bool:
     return asked_at >= began_at
 
 
+@dataclass(slots=True)
+class Tries:
+    """How often a unit went wrong."""
+
+    attempts: int = 0
+    """For reasons of its own."""
+    losses: int = 0
+    """Because its replica went away."""
+
+
+@dataclass(slots=True)
+class Flying:
+    """A unit that is with a replica, or with two."""
+
+    unit: WorkUnit
+    since: float
+    copies: int = 1
+    doubled: bool = False
+
+
 class Driver:
     """One run of one job. `run` is called once; `drain` from anywhere."""
 
@@ -104,8 +150,10 @@ class Driver:
         self._accepted, self._cluster, self._clock = accepted, cluster, clock
         self._job = accepted.job
         self._ready: list[WorkUnit] = list(reversed(accepted.todo))
-        self._later: list[tuple[float, int, WorkUnit, int]] = []  # (when, unit index, unit, attempt): a heap
-        self._flying: dict[int, tuple[WorkUnit, int]] = {}
+        self._later: list[tuple[float, int, WorkUnit]] = []  # (when, unit index, unit): a heap
+        self._flying: dict[int, Flying] = {}
+        self._tries: defaultdict[int, Tries] = defaultdict(Tries)
+        self._took_s: deque[float] = deque(maxlen=_USUAL_OF)
         self._finished: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
         self._drain = threading.Event()
         self._stop: BaseException | None = None
@@ -173,22 +221,37 @@ class Driver:
         if self._drain.is_set() and progress.state in ("starting", "running"):
             progress.state = "draining"
         while self._later and self._later[0][0] <= now and not self._drain.is_set():
-            _, _, unit, attempt = heapq.heappop(self._later)
-            self._fly(unit, attempt)
+            _, _, unit = heapq.heappop(self._later)
+            self._fly(unit)
 
     def _submit(self) -> None:
         while self._ready and not self._drain.is_set() and may_submit(len(self._flying), self._rows_in_flight, self.progress.replicas):
-            self._fly(self._ready.pop(), 1)
+            self._fly(self._ready.pop())
+        if self._ready or self._later or self._drain.is_set():
+            return
+        idle = [replica for replica in self.progress.replicas if not replica.in_flight]
+        usual_s = statistics.median(self._took_s) if self._took_s else None
+        index = slow_unit(self._flying, usual_s, idle, self._clock())
+        if index is not None:
+            flight = self._flying[index]
+            flight.doubled, flight.copies = True, 2
+            self._say(f"unit {index} takes long: it is run a second time, on {idle[0].name}; the first to commit wins")
+            self._send(flight.unit, on=idle[0].name)
 
-    def _fly(self, unit: WorkUnit, attempt: int) -> None:
-        self._flying[unit.index] = (unit, attempt)
+    def _fly(self, unit: WorkUnit) -> None:
+        self._flying[unit.index] = Flying(unit=unit, since=self._clock())
         self._rows_in_flight += unit.num_rows
         self.progress.units_in_flight = len(self._flying)
+        self._send(unit)
+
+    def _send(self, unit: WorkUnit, on: str | None = None) -> None:
+        tries = self._tries[unit.index]
 
         def done(result: Result) -> None:
             self._finished.put((unit.index, result))
 
-        self._cluster.submit(self._accepted.out_uri, self._accepted.record.fingerprint, unit, attempt, done)
+        attempt = tries.attempts + tries.losses + 1
+        self._cluster.submit(self._accepted.out_uri, self._accepted.record.fingerprint, unit, attempt, done, on)
 
     def _collect(self) -> None:
         """Wait a tick for results; take all that are there."""
@@ -201,31 +264,49 @@ class Driver:
             return
 
     def _take(self, index: int, result: Result) -> None:
-        unit, attempt = self._flying.pop(index)
-        self._rows_in_flight -= unit.num_rows
-        progress = self.progress
-        progress.units_in_flight = len(self._flying)
-        if not isinstance(result, BaseException):
-            report = UnitReport(**result["report"])
-            if result["outcome"] in ("created", "acknowledgement_lost"):
-                progress.totals.add(report)
-            else:  # another driver's work
-                progress.done_before += 1
-                progress.rows_before += report.rows
-            progress.outcomes[result["outcome"]] = progress.outcomes.get(result["outcome"], 0) + 1
-            return
-        reason = f"{type(result).__name__}: {result}"
-        step = next_step(result, attempt, self._job.limits.attempts)
-        if step == "retry":
-            wait_s = _BACKOFF_S * 2 ** (attempt - 1)
-            progress.retries += 1
-            self._say(f"unit {index} failed (attempt {attempt} of {self._job.limits.attempts}), again in {wait_s:.0f} s: {reason}")
-            heapq.heappush(self._later, (self._clock() + wait_s, index, unit, attempt + 1))
+        flight = self._flying.get(index)
+        if flight is None:
+            return  # the second of two copies; the first one's word was enough
+        failed = isinstance(result, BaseException)
+        if failed and flight.copies > 1:
+            flight.copies -= 1
+            return  # the other copy is still at it
+        del self._flying[index]
+        self._rows_in_flight -= flight.unit.num_rows
+        self.progress.units_in_flight = len(self._flying)
+        if isinstance(result, BaseException):
+            self._take_failure(flight.unit, result)
         else:
-            self._say(f"unit {index} is given up: {reason}")
-            progress.failed[index] = reason
+            self._took_s.append(self._clock() - flight.since)
+            self._take_report(UnitReport(**result["report"]), result["outcome"])
+
+    def _take_report(self, report: UnitReport, outcome: str) -> None:
+        progress = self.progress
+        if outcome in ("created", "acknowledgement_lost"):
+            progress.totals.add(report)
+        else:  # another driver's work, or that of a copy
+            progress.done_before += 1
+            progress.rows_before += report.rows
+        progress.outcomes[outcome] = progress.outcomes.get(outcome, 0) + 1
+
+    def _take_failure(self, unit: WorkUnit, error: BaseException) -> None:
+        progress, tries, limits = self.progress, self._tries[unit.index], self._job.limits
+        lost = isinstance(error, ReplicaLost | EngineDead)
+        tries.losses += lost
+        tries.attempts += not lost
+        reason = f"{type(error).__name__}: {error}"
+        step = next_step(error, tries, limits.attempts)
+        if step == "retry":
+            wait_s = _LOSS_WAIT_S if lost else _BACKOFF_S * 2 ** (tries.attempts - 1)
+            progress.retries += 1
+            what = "came back" if lost else f"failed (attempt {tries.attempts} of {limits.attempts})"
+            self._say(f"unit {unit.index} {what}, again in {wait_s:.0f} s: {reason}")
+            heapq.heappush(self._later, (self._clock() + wait_s, unit.index, unit))
+        else:
+            self._say(f"unit {unit.index} is given up: {reason}")
+            progress.failed[unit.index] = reason
             if step == "stop":
-                self._stop = result
+                self._stop = error
                 self.drain()
 
     def _say(self, note: str) -> None:

@@ -18,13 +18,17 @@ from pipeline.commit import read_report
 from pipeline.read import open_parquet
 from pipeline.read import read_unit
 from schemas import layout
+from schemas.completions import ADDED
+from schemas.completions import COMPLETION
+from schemas.completions import ERROR
+from schemas.completions import RowsDigest
 from schemas.completions import output_schema
 from schemas.errors import TokenmillError
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 
 _BATCH_ROWS = 4096
-_ERROR_COLUMN = 4  # of the added ones, whose first is the completion; see completions.completion_fields
+_COMPLETION_COLUMN, _ERROR_COLUMN = ADDED.index(COMPLETION), ADDED.index(ERROR)  # of the added ones
 
 
 @dataclass(slots=True)
@@ -95,7 +99,7 @@ def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, verdict: Verdi
         if (report.unit, report.fingerprint) != (unit.index, record.fingerprint):
             verdict.problems.append(f"foreign: {name} ({rows}) says it is unit {report.unit} of job {report.fingerprint[:8]}")
             return
-        problem = _compare(unit, uri, record)
+        problem = _compare(unit, uri, record, report.digest)
     except (pa.ArrowException, OSError, TokenmillError) as error:
         problem = str(error)
     if problem is None:
@@ -105,10 +109,11 @@ def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, verdict: Verdi
         verdict.problems.append(f"{name} ({rows}): {problem}")
 
 
-def _compare(unit: WorkUnit, uri: str, record: JobRecord) -> str | None:
-    """The first difference between a part and its input rows, or None."""
+def _compare(unit: WorkUnit, uri: str, record: JobRecord, digest: str) -> str | None:
+    """The first difference between a part and its input rows, or what was committed; or None."""
     expected_schema = output_schema(record.input_schema, record.spec)
     names = record.input_schema.names
+    found_digest = RowsDigest()
     with open_parquet(uri) as part:
         if not part.schema_arrow.equals(expected_schema):
             return f"its columns are {part.schema_arrow.names}, expected {expected_schema.names} in the plan's types"
@@ -125,13 +130,16 @@ def _compare(unit: WorkUnit, uri: str, record: JobRecord) -> str | None:
                 if not _same(ours, theirs):
                     row = next(index for index in range(batch.num_rows) if not _same(ours.slice(index, 1), theirs.slice(index, 1)))
                     return f"changed: column {name!r} of row {position + row} is not the input's"
-            answered = found.column(len(names)).is_valid().to_pylist()
+            found_digest.update(found.columns[len(names) :])
+            answered = found.column(len(names) + _COMPLETION_COLUMN).is_valid().to_pylist()
             failed = found.column(len(names) + _ERROR_COLUMN).is_valid().to_pylist()
             for row, (has_completion, has_error) in enumerate(zip(answered, failed, strict=True)):
                 if has_completion == has_error:
                     return (
                         f"row {position + row} has {'both a completion and an error' if has_error else 'neither a completion nor an error'}"
                     )
+    if digest and found_digest.hexdigest() != digest:
+        return "changed: its completions are not those that were committed"
     return None
 
 

@@ -23,6 +23,12 @@ Outcome = Literal["created", "acknowledgement_lost", "race_lost", "already"]
 _ROW_GROUP_ROWS = 8192
 
 
+def concat(*batches: pa.RecordBatch) -> pa.RecordBatch:
+    """One after the other; there must be one at least, which gives the schema."""
+    columns = [pa.concat_arrays([batch.column(number) for batch in batches]) for number in range(batches[0].num_columns)]
+    return pa.RecordBatch.from_arrays(columns, schema=batches[0].schema)
+
+
 class PartWriter:
     """A Parquet file in memory. Nothing of it is visible before `commit`."""
 
@@ -40,6 +46,18 @@ class PartWriter:
         self.num_rows += batch.num_rows
         if self._held_rows >= _ROW_GROUP_ROWS:
             self._flush()
+
+    def taken(self, schema: pa.Schema) -> pa.RecordBatch:
+        """The last columns of the rows taken so far, as many as the schema has and in its types. Ends the writer."""
+        self._flush()
+        self._writer.close()
+        first = len(self._schema) - len(schema)
+        parquet = pq.ParquetFile(self._buffer)
+        batches = [pa.RecordBatch.from_pylist([], schema=schema)]
+        for index in range(parquet.num_row_groups):
+            for batch in parquet.read_row_group(index, use_threads=False).to_batches():
+                batches.append(pa.RecordBatch.from_arrays(batch.columns[first:], schema=schema))
+        return concat(*batches)
 
     def finish(self, report: UnitReport, provenance: dict[str, Any]) -> memoryview:
         """The whole file, report and provenance in its footer."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pipeline import storage
@@ -25,18 +28,31 @@ from schemas.unit import WorkUnit
 class Replica:
     """Everything heavy that units share. Its methods are safe from several threads."""
 
-    def __init__(self, *, name: str, model: Model, kind: str, options: dict[str, Any]) -> None:
+    def __init__(self, *, name: str, model: Model, kind: str, options: dict[str, Any], flight_path: Path | None = None) -> None:
         """Loads tokenizer and engine. Raises JobError or EngineStartError."""
         self.name = name
         self.tokenizer = load_tokenizer(model.path)
-        self.engine = ContinuousEngine(_core_maker(model, kind, options))
+        self.engine = ContinuousEngine(_core_maker(model, kind, options), flight_path=flight_path)
         self._tools: dict[str, Tools] = {}
         self._lock = threading.Lock()
+        self._active = 0
+        self._changed = threading.Condition()
 
     def run(self, out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[str, Any]:
         """Run one unit; its report as plain data, under a KiB, with the commit's outcome."""
-        report, outcome = run_unit(WorkUnit.from_dict(unit), out_uri, self._tools_for(out_uri, fingerprint))
-        return {"report": asdict(report), "outcome": outcome}
+        with self._counted():
+            report, outcome = run_unit(WorkUnit.from_dict(unit), out_uri, self._tools_for(out_uri, fingerprint))
+            return {"report": asdict(report), "outcome": outcome}
+
+    def evict(self, timeout_s: float) -> None:
+        """Take no further row; units in flight save what is finished. Waits for them."""
+        self.engine.evict()
+        self.wait_idle(timeout_s)
+
+    def wait_idle(self, timeout_s: float) -> None:
+        """Until no unit is in flight, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._active, timeout_s)
 
     def status(self) -> dict[str, Any]:
         """Counters, and how many rows it may hold."""
@@ -44,6 +60,17 @@ class Replica:
 
     def close(self) -> None:
         self.engine.close()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._changed:
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._changed.notify_all()
 
     def _tools_for(self, out_uri: str, fingerprint: str) -> Tools:
         with self._lock:

@@ -1,7 +1,7 @@
-"""`tokenmill worker`: the process that owns one engine replica and runs a Dask worker inside. The only module with Dask.
+"""The process that owns one engine replica and runs a Dask worker inside. The only module of the pipeline with Dask.
 
-It registers with the scheduler only when its engine is ready, says in a status file how it fares, ignores Ctrl-C
-(its driver decides), and ends when whoever holds its standard input does.
+It registers with the scheduler only when its engine is ready, says in files of its folder how it fares, ignores Ctrl-C
+(its driver decides), hands its units back and leaves on SIGTERM, and ends when whoever holds its standard input does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,17 +20,26 @@ import traceback
 from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 
-from schemas.errors import EngineDead
+from schemas.errors import EngineEvicted
 from schemas.errors import TokenmillError
+
+if TYPE_CHECKING:
+    from pipeline.replica import Replica
 
 EXIT_START_FAILED = 78
 """sysexits' EX_CONFIG: starting it again would not help."""
 EXIT_ENGINE_DEAD = 70
+EXIT_EVICTED = 75
+"""sysexits' EX_TEMPFAIL: it was asked to leave, and did."""
 _METRICS_KEY = "tokenmill"
 _WATCH_S = 0.2
 _DYING_S = 30.0
+_HAND_BACK_S = 18.0
+"""For units to save their finished rows and to report, out of the 25 s that a supervisor waits after SIGTERM."""
+_REPORT_S = 3.0
 
 ENVIRONMENT = {
     # Must be set before a worker's process starts. Arrow's own pool keeps what it freed, and every thread that runs units
@@ -53,7 +64,8 @@ DASK_CONFIG: dict[str, Any] = {
     "distributed.admin.system-monitor.interval": "5s",
     "distributed.admin.tick.limit": "60s",  # an in-process engine holds the GIL now and then: no reason to log
     "distributed.scheduler.worker-ttl": "30 minutes",  # for the same reason
-    "distributed.scheduler.allowed-failures": 5,  # workers that a task may lose before that counts as an attempt of its unit
+    # The driver hears of every lost replica and decides; Dask would run a unit with a deadly row on one replica after the other.
+    "distributed.scheduler.allowed-failures": 0,
     "distributed.scheduler.worker-saturation": 1.0,  # nothing waits on a worker that another could do now
     "distributed.scheduler.active-memory-manager.start": False,
     "distributed.comm.timeouts.connect": "60s",
@@ -71,10 +83,39 @@ class WorkerConfig:
     options: dict[str, Any]
     num_threads: int
     """Units in flight at most."""
-    status_path: str
+    folder: str
+    """On a local disk; its files are named after the replica."""
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
+    @property
+    def config_path(self) -> Path:
+        return Path(self.folder, f"{self.name}.config.json")
+
+    @property
+    def status_path(self) -> Path:
+        return Path(self.folder, f"{self.name}.status.json")
+
+    @property
+    def flight_path(self) -> Path:
+        """See pipeline.flight."""
+        return Path(self.folder, f"{self.name}.flight")
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.folder, f"{self.name}.log")
+
+    @property
+    def scratch_path(self) -> Path:
+        """For Dask's own files."""
+        return Path(self.folder, f"{self.name}.scratch")
+
+    def save(self) -> None:
+        self.config_path.write_text(json.dumps(asdict(self)))
+
+    def clear(self) -> None:
+        """Forget what an earlier process of this replica left, but for its log."""
+        self.status_path.unlink(missing_ok=True)
+        self.flight_path.unlink(missing_ok=True)
+        shutil.rmtree(self.scratch_path, ignore_errors=True)
 
     @classmethod
     def load(cls, path: Path) -> WorkerConfig:
@@ -87,7 +128,7 @@ def run_unit_task(out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[
 
     replica = get_worker().replica
     if replica.engine.dead is not None:
-        time.sleep(_DYING_S)  # the process ends under this task, which then runs elsewhere without having cost an attempt
+        time.sleep(_DYING_S)  # the process ends under this task; an answer at once would bring the next unit here
     result: dict[str, Any] = replica.run(out_uri, fingerprint, unit)
     return result
 
@@ -99,8 +140,9 @@ def replica_metrics(worker_info: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(config_path: str) -> int:
-    """Run until the scheduler lets go or standard input closes. Returns the exit code."""
+    """Run until the scheduler lets go, SIGTERM comes or standard input closes. Returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_EVICTED))  # while there is nothing to hand back
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     config = WorkerConfig.load(Path(config_path))
     started = time.monotonic()
@@ -108,8 +150,12 @@ def main(config_path: str) -> int:
     from pipeline.model import Model
     from pipeline.replica import Replica
 
+    if config.kind == "vllm":
+        _start_reaper()
     try:
-        replica = Replica(name=config.name, model=Model(**config.model), kind=config.kind, options=config.options)
+        replica = Replica(
+            name=config.name, model=Model(**config.model), kind=config.kind, options=config.options, flight_path=config.flight_path
+        )
     except Exception as error:  # the process's outermost: whatever it was, the driver must hear of it
         traceback.print_exc()
         message = str(error) if isinstance(error, TokenmillError) else f"{type(error).__name__}: {error}"
@@ -118,17 +164,23 @@ def main(config_path: str) -> int:
     threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
     info = asdict(replica.engine.info)
     _say(config, state="ready", start_s=round(time.monotonic() - started, 1), engine=info)
-    try:
-        asyncio.run(_serve(config, replica))
-    finally:
+    evicted = asyncio.run(_serve(config, replica))
+    if not evicted:
         replica.close()
-    return 0
+        return 0
+    # A unit's thread that still waits for storage would hold the process past its time.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_EVICTED)
 
 
-async def _serve(config: WorkerConfig, replica: Any) -> None:
+async def _serve(config: WorkerConfig, replica: Replica) -> bool:
+    """Whether it was evicted, rather than let go."""
     import dask
     from distributed import Worker
 
+    leaving = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.set)
     with dask.config.set(DASK_CONFIG):
         worker = Worker(
             config.scheduler,
@@ -137,16 +189,39 @@ async def _serve(config: WorkerConfig, replica: Any) -> None:
             memory_limit=0,
             metrics={_METRICS_KEY: lambda _: replica.status()},
             dashboard=False,
-            local_directory=str(Path(config.status_path).with_suffix(".scratch")),
+            local_directory=str(config.scratch_path),
         )
         worker.replica = replica
         await worker
-        with contextlib.suppress(asyncio.CancelledError):
-            await worker.finished()
+        asked = asyncio.create_task(leaving.wait())
+        finished = asyncio.create_task(worker.finished())
+        await asyncio.wait([asked, finished], return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            asked.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await finished
+            return False
+        await _hand_back(worker, replica)
+        return True
+
+
+async def _hand_back(worker: Any, replica: Replica) -> None:
+    """Take no further unit, let those in flight save what is finished and report, and leave the scheduler."""
+    retire = worker.scheduler.retire_workers(workers=[worker.address], close_workers=False, remove=False)
+    retiring = asyncio.ensure_future(retire)
+    await asyncio.to_thread(replica.evict, _HAND_BACK_S)
+    deadline = time.monotonic() + _REPORT_S
+    while worker.state.executing_count and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    retiring.cancel()
+    with contextlib.suppress(Exception, asyncio.CancelledError):  # the units are saved, whatever Dask says
+        await retiring
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(worker.close(nanny=False), _REPORT_S)
 
 
 def _say(config: WorkerConfig, **values: Any) -> None:
-    path = Path(config.status_path)
+    path = config.status_path
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"pid": os.getpid(), **values}))
     temporary.replace(path)
@@ -162,13 +237,26 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _end_with_engine(replica: Any) -> None:
+def _start_reaper() -> None:
+    """A shell that outlives this process and then ends what else is in its group: vLLM's engine core, holding the GPU's memory.
+
+    A supervisor does the same, but may have been killed together with this process.
+    """
+    if os.getpgrp() == os.getpid():
+        script = f"trap '' TERM; while kill -0 {os.getpid()} 2>/dev/null; do sleep 1; done; kill -KILL -- -{os.getpid()}"
+        subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _end_with_engine(replica: Replica) -> None:
     """A worker without its engine would fail every unit it is given: leave, and let the supervisor start a new one."""
     while replica.engine.dead is None:
         time.sleep(_WATCH_S)
-    dead: EngineDead = replica.engine.dead
+    dead = replica.engine.dead
+    if isinstance(dead, EngineEvicted):
+        return  # the process hands its units back and ends by itself
     print(f"worker {replica.name}: {dead}", file=sys.stderr, flush=True)
-    time.sleep(1)  # units in flight report first
+    replica.wait_idle(_HAND_BACK_S)  # units in flight save what is finished
+    time.sleep(1)  # and report
     os._exit(EXIT_ENGINE_DEAD)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ TOKEN_IDS = "token_ids"
 LOGPROBS = "logprobs"
 CHOICES = "choices"
 
+ADDED = (COMPLETION, FINISH_REASON, PROMPT_TOKENS, COMPLETION_TOKENS, ERROR)
+"""The added columns that every job has, in order."""
 FINISH_ERROR = "error"
 
 _TOKEN_IDS_TYPE = pa.list_(pa.int32())
@@ -61,6 +65,21 @@ class Completion:
     @property
     def finish_reason(self) -> str:
         return self.choices[0].finish_reason if self.choices else FINISH_ERROR
+
+
+class RowsDigest:
+    """SHA-256 over rows of added columns, whatever batches they come in. Grows."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, columns: Sequence[Any]) -> None:
+        """The next rows, as Arrow arrays, one a column."""
+        for row in zip(*(column.to_pylist() for column in columns), strict=True):
+            self._hash.update(repr(row).encode("utf-8", "surrogatepass"))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
 
 
 def completion_fields(job: JobSpec) -> list[pa.Field[Any]]:

@@ -4,10 +4,12 @@ TokenmillError
   JobError            the job is wrong; refused before anything starts
   UnitError           one unit of work cannot be done; retried, then reported
     InputChanged      an input object is not the one that was planned
+    ReplicaLost       the replica, or the way to it, went away; says nothing about the unit
   ForeignOutput       the output holds something that is not this job's; everything stops
   EngineError
     EngineStartError  the engine did not come up
     EngineDead        the engine died while rows were in it
+      EngineEvicted   the engine was asked to leave
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ class InputChanged(UnitError):
     """An input object is not the one that was planned."""
 
 
+class ReplicaLost(UnitError):
+    """The replica, or the way to it, went away. Says nothing about the unit, so that it costs the unit no attempt."""
+
+
 class ForeignOutput(TokenmillError):
     """The output holds an object that is not this job's, under a name that this job needs."""
 
@@ -64,15 +70,28 @@ class EngineDead(EngineError):
     """The engine died while rows were in it."""
 
 
-def describe_validation(error: ValidationError) -> str:
-    """One line per problem: the field's path, what is allowed, what was found."""
+class EngineEvicted(EngineDead):
+    """The engine was asked to leave, and stopped between two steps."""
+
+    def __init__(self, message: str, begun: dict[int, list[int]] | None = None) -> None:
+        super().__init__(message)
+        self.begun = begun or {}
+        """Token ids that unfinished rows had got so far, by position."""
+
+
+def describe_validation(error: ValidationError, *, show_found: bool = True) -> str:
+    """One line per problem: the field's path, what is allowed, what was found. Never a secret, nor anything under `storage`."""
+    from schemas.storage import looks_secret
+
     lines = []
     for problem in error.errors(include_url=False):
-        path = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
+        path = ".".join("(not shown)" if looks_secret(str(part)) else str(part) for part in problem["loc"]) or "(the whole)"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown key")
             continue
         found = repr(problem["input"])
+        if not show_found or problem["loc"][:1] == ("storage",) or looks_secret(found):
+            found = "a value that is not shown"
         if len(found) > 80:
             found = found[:77] + "..."
         message = problem["msg"].removeprefix("Value error, ")

@@ -9,15 +9,21 @@ from typing import Literal
 from typing import Self
 from urllib.parse import urlsplit
 
+from pydantic import ConfigDict
 from pydantic import Field
 from pydantic import ValidationError
 from pydantic import field_validator
 from pydantic import model_validator
 
+from schemas.address import check_address
+from schemas.address import check_protection
 from schemas.errors import JobError
 from schemas.errors import describe_validation
 from schemas.sampling import Frozen
 from schemas.sampling import Sampling
+from schemas.storage import Commit
+from schemas.storage import StorageSpec
+from schemas.storage import looks_secret
 
 DEMO_MODEL = "demo"
 
@@ -75,6 +81,8 @@ class InputSpec(Frozen):
     def _not_empty(cls, uri: str | list[str]) -> str | list[str]:
         if not all([uri] if isinstance(uri, str) else uri):
             raise ValueError("an empty URI; give a path, a glob or an fsspec URL")
+        for one in [uri] if isinstance(uri, str) else uri:
+            _not_signed(one)
         return uri
 
     @model_validator(mode="after")
@@ -99,6 +107,20 @@ class OutputSpec(Frozen):
     token_ids: bool = False
     """Also write the completion's token ids."""
     compression: Literal["zstd", "snappy", "none"] = "zstd"
+    commit: Commit = "put_if_absent"
+    """overwrite: also write to stores that cannot create a name once. There is still one object per unit, but of two writers
+    at the same moment the last one wins, so that a part may change after it was seen. Recorded in every part."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_secrets(cls, uri: str) -> str:
+        _not_signed(uri)
+        return uri
+
+
+def _not_signed(uri: str) -> None:
+    if looks_secret(uri):
+        raise ValueError("the URI carries a secret (not shown), and job files are stored and printed; name it under storage.credential")
 
 
 class SimulatedOptions(Frozen):
@@ -110,6 +132,10 @@ class SimulatedOptions(Frozen):
     start_s: float = Field(default=0.0, ge=0)
     lengths: Literal["varied", "max"] = "varied"
     """Completion lengths: a fixed function of the prompt between 1 and max_tokens, or always max_tokens."""
+    dies_on_token: int | None = None
+    """For fault tests: the engine's process aborts when a row whose prompt holds this token enters the batch."""
+    hangs_on_token: int | None = None
+    """For fault tests: likewise, the engine never ends its step."""
 
 
 class EngineSpec(Frozen):
@@ -134,15 +160,42 @@ class EngineSpec(Frozen):
 class ClusterSpec(Frozen):
     """Who runs the engines."""
 
-    kind: Literal["local", "inline"] = "local"
-    """local: worker processes on this machine. inline: one engine inside the calling process."""
+    kind: Literal["local", "inline", "address"] = "local"
+    """local: worker processes on this machine. inline: one engine inside the calling process. address: a running
+    `tokenmill scheduler` and the nodes whose `tokenmill worker` joined it."""
     replicas: int | None = Field(default=None, ge=1)
-    """Engine replicas; by default what the profile finds good for the machine."""
+    """Engine replicas; by default what the profile finds good for the machine. With kind address the nodes decide."""
+    address: str | None = None
+    """With kind address: the scheduler, as in tls://10.0.0.4:8786."""
+    rendezvous: str | None = None
+    """With kind address, instead of address: the folder or URI where the scheduler publishes its address."""
+    keys: str | None = None
+    """With kind address: the folder with the cluster's keys, as made by `tokenmill keys`."""
+    insecure: bool = False
+    """With kind address: plain tcp://, over which whoever reaches a node's ports may run code there."""
 
     @model_validator(mode="after")
     def _inline_is_one(self) -> Self:
         if self.kind == "inline" and self.replicas not in (None, 1):
             raise ValueError(f"kind inline runs one engine in one process, found replicas: {self.replicas}; use kind: local")
+        return self
+
+    @model_validator(mode="after")
+    def _address_is_whole_and_safe(self) -> Self:
+        given = [name for name in ("address", "rendezvous", "keys", "insecure") if getattr(self, name)]
+        if self.kind != "address":
+            if given:
+                raise ValueError(f"{', '.join(given)}: only kind: address takes them, found kind: {self.kind}")
+            return self
+        if self.replicas is not None:
+            raise ValueError("kind address takes as many replicas as the nodes run; leave replicas out, see `tokenmill worker --replicas`")
+        if (self.address is None) == (self.rendezvous is None):
+            found = "both" if self.address else "neither"
+            raise ValueError(f"kind address needs either address or rendezvous to find the scheduler, found {found}")
+        if self.address is not None:
+            check_address(self.address, self.keys, self.insecure)
+        else:
+            check_protection(self.keys, self.insecure)
         return self
 
 
@@ -151,12 +204,16 @@ class LimitsSpec(Frozen):
 
     attempts: int = Field(default=3, ge=1)
     """How often a unit of work is tried before it is reported as failed."""
+    engine_silence_s: float = Field(default=300.0, gt=0)
+    """An engine that has rows and makes no step for so many seconds hangs: its process is ended and started again."""
     error_rows: int | None = Field(default=None, ge=0)
     """Start no further work, and end with exit code 3, once more rows than this came out as errors in one run."""
 
 
 class JobSpec(Frozen):
     """One job: a table of prompts, a model, and where the completions go."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     name: str = Field(default="tokenmill", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     model: Annotated[str, Field(min_length=1)]
@@ -167,6 +224,8 @@ class JobSpec(Frozen):
     engine: EngineSpec = EngineSpec()
     cluster: ClusterSpec = ClusterSpec()
     limits: LimitsSpec = LimitsSpec()
+    storage: StorageSpec | None = None
+    """How Azure storage is reached; names secrets, and holds none."""
     schedule: None = None
     """Reserved for `tokenmill schedule`; this version runs jobs at once and refuses a value here."""
 

@@ -43,6 +43,12 @@ class UnitReport:
     """A few error rows: position in the input table, kind, message."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Thread seconds by kind: read, render, generate (waiting for the engine), write."""
+    digest: str = ""
+    """SHA-256 over the added columns of all rows; see completions.RowsDigest."""
+    resumed_rows: int = 0
+    """Rows that earlier attempts had finished and saved."""
+    resumed_tokens: int = 0
+    """Their completion tokens."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -68,6 +74,9 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("errors", pa.string()),
     pa.field("examples", pa.string()),
     pa.field("seconds", pa.string()),
+    pa.field("digest", pa.string()),
+    pa.field("resumed_rows", pa.int64()),
+    pa.field("resumed_tokens", pa.int64()),
 ]
 MANIFEST_SCHEMA = pa.schema(_FIELDS)
 """One row a unit; the dicts as JSON text. The file's metadata holds the fingerprint and what it covers."""

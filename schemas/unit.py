@@ -44,6 +44,10 @@ class WorkUnit:
         """Of the unit's first row in the whole input table."""
         return self.ranges[0].position if self.ranges else 0
 
+    def holds(self, position: object) -> bool:
+        """Whether a row of the input table is one of this unit's."""
+        return type(position) is int and self.position <= position < self.position + self.num_rows
+
     def part_name(self, fingerprint: str) -> str:
         """Sorted names are input order."""
         return f"part-{self.index:08d}-{fingerprint[:8]}.parquet"

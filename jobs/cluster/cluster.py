@@ -39,8 +39,13 @@ class Cluster(Protocol):
         """Those ready now. Raises EngineStartError once it is clear that none will be."""
         ...
 
-    def submit(self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None]) -> None:
-        """Run a unit somewhere; `done` is called once, from any thread."""
+    def submit(
+        self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
+    ) -> None:
+        """Run a unit somewhere, if possible on the replica named; `done` is called once, from any thread.
+
+        That a replica went away comes as ReplicaLost, and as often as it happens: nobody else tries the unit again.
+        """
         ...
 
     def notes(self) -> list[str]:
@@ -49,6 +54,10 @@ class Cluster(Protocol):
 
     def start_seconds(self) -> dict[str, float]:
         """Seconds that each replica took to come up."""
+        ...
+
+    def evict(self) -> None:
+        """The machine is needed: units in flight save what is finished and come back as ReplicaLost. Returns at once."""
         ...
 
     def close(self, *, at_once: bool = False) -> None:

@@ -13,6 +13,7 @@ from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from pipeline.model import Model
 from pipeline.replica import Replica
+from schemas.errors import EngineEvicted
 from schemas.unit import WorkUnit
 
 _MAX_UNITS = 16
@@ -31,12 +32,15 @@ class InlineCluster:
         self._pool = ThreadPoolExecutor(_MAX_UNITS, thread_name_prefix="unit")
 
     def replicas(self) -> list[ReplicaState]:
-        if self._replica.engine.dead:
-            raise self._replica.engine.dead
+        dead = self._replica.engine.dead
+        if dead is not None and not isinstance(dead, EngineEvicted):
+            raise dead
         return [ReplicaState(name=_NAME, window_rows=self._replica.engine.window_rows, **asdict(self._replica.engine.counters()))]
 
-    def submit(self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None]) -> None:
-        del attempt
+    def submit(
+        self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
+    ) -> None:
+        del attempt, on
         future = self._pool.submit(self._replica.run, out_uri, fingerprint, unit.to_dict())
 
         def report(finished: Future[dict[str, Any]]) -> None:
@@ -49,6 +53,9 @@ class InlineCluster:
 
     def start_seconds(self) -> dict[str, float]:
         return {_NAME: self._start_s}
+
+    def evict(self) -> None:
+        self._replica.engine.evict()
 
     def close(self, *, at_once: bool = False) -> None:
         self._pool.shutdown(wait=not at_once, cancel_futures=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from pipeline.engine.engine import Core
@@ -18,7 +19,10 @@ from pipeline.engine.engine import EngineCounters
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.flight import FlightRecorder
+from pipeline.flight import Tag
 from schemas.errors import EngineDead
+from schemas.errors import EngineEvicted
 
 _WINDOW_BATCHES = 2
 """Rows admitted per row of the engine's batch: enough waiting to refill every freed slot at once, and no more."""
@@ -31,13 +35,14 @@ class _Gate:
     """Counts rows in the engine against a limit; opens for good when the engine is dead, so that nobody waits for ever."""
 
     def __init__(self, limit: int) -> None:
-        self._free = limit
+        self._free = self._limit = limit
         self._changed = threading.Condition()
         self._open = False
+        self._alone: object | None = None  # whose rows alone may enter
 
-    def enter(self, wait: bool) -> bool:
+    def enter(self, who: object, wait: bool) -> bool:
         with self._changed:
-            while self._free == 0 and not self._open:
+            while not self._open and (self._free == 0 or self._alone not in (None, who)):
                 if not wait:
                     return False
                 self._changed.wait()
@@ -47,7 +52,21 @@ class _Gate:
     def leave(self, num_rows: int = 1) -> None:
         with self._changed:
             self._free += num_rows
-            self._changed.notify(num_rows)
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self, who: object) -> Iterator[None]:
+        """Inside, nobody else's row is in the engine; entered once those that are there have left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._open or self._alone is None)
+            self._alone = who
+            self._changed.wait_for(lambda: self._open or self._free == self._limit)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = None
+                self._changed.notify_all()
 
     def open(self) -> None:
         with self._changed:
@@ -64,6 +83,7 @@ class _Admitted:
     key: int
     request: Request
     outbox: Outbox
+    tag: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +97,14 @@ class _Borrow:
     refuse: Callable[[EngineDead], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Evict:
+    """Give every row back as far as it is."""
+
+
+_Message = _Admitted | _Abandon | _Borrow | _Evict
+
+
 def window_rows(max_num_seqs: int) -> int:
     """Rows that an engine with such a batch takes in at once."""
     return _WINDOW_BATCHES * max_num_seqs
@@ -85,15 +113,18 @@ def window_rows(max_num_seqs: int) -> int:
 class ContinuousEngine:
     """Runs a Core in its own thread, which is the only one that ever touches it."""
 
-    def __init__(self, make_core: Callable[[], Core]) -> None:
-        """Starts the core in the owner thread; raises what it raises."""
-        self._inbox: queue.SimpleQueue[_Admitted | _Abandon | _Borrow | None] = queue.SimpleQueue()
+    def __init__(self, make_core: Callable[[], Core], *, flight_path: Path | None = None) -> None:
+        """Starts the core in the owner thread; raises what it raises. What is inside is recorded at `flight_path`."""
+        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._keys = itertools.count()
         self._waiting: dict[int, _Admitted] = {}
         self._dead: EngineDead | None = None
         self._door = threading.Lock()  # between the last message that is taken in and the engine's end
         self._rows = self._prompt_tokens = self._completion_tokens = 0
         self._busy_s = self._idle_s = 0.0
+        self._flight_path = flight_path
+        self._recorder: FlightRecorder | None = None
+        self._slots: dict[int, int | None] = {}
         started: queue.SimpleQueue[Core | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._own, args=(make_core, started), name="engine", daemon=True)
         self._thread.start()
@@ -126,16 +157,25 @@ class ContinuousEngine:
             in_flight=len(self._waiting),
         )
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+    def generate(self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False) -> Iterator[Generation]:
         """See Engine.generate."""
         outbox: Outbox = queue.SimpleQueue()
-        source = iter(requests)
+        recorder = self._recorder if tag is not None else None
+        number = recorder.open_tag(tag) if recorder is not None and tag is not None else 0
+        try:
+            with self._gate.alone(outbox) if alone else contextlib.nullcontext():
+                yield from self._generate(iter(requests), outbox, number)
+        finally:
+            if recorder is not None:
+                recorder.close_tag(number)
+
+    def _generate(self, source: Iterator[Request], outbox: Outbox, tag: int) -> Iterator[Generation]:
         exhausted, pending = False, 0
         try:
             while pending or not exhausted:
                 # Finished rows are handed on before new ones are pulled, or a quick engine would pile them up here;
                 # and room is waited for only with nothing of our own to wait for.
-                while not exhausted and outbox.empty() and self._gate.enter(wait=pending == 0):
+                while not exhausted and outbox.empty() and self._gate.enter(outbox, wait=pending == 0):
                     request = None
                     try:
                         request = next(source, None)
@@ -145,7 +185,7 @@ class ContinuousEngine:
                     if request is None:
                         exhausted = True
                         break
-                    self._send(_Admitted(next(self._keys), request, outbox))
+                    self._send(_Admitted(next(self._keys), request, outbox, tag))
                     pending += 1
                 if not pending:
                     continue
@@ -178,12 +218,17 @@ class ContinuousEngine:
             raise answer
         return answer
 
+    def evict(self) -> None:
+        """Stop between two steps: callers get the rows that are finished, then EngineEvicted with how far the others are. Returns at once."""
+        with contextlib.suppress(EngineDead):
+            self._send(_Evict())
+
     def close(self) -> None:
         """Rows still inside are lost; their callers get EngineDead."""
         self._inbox.put(None)
         self._thread.join(timeout=_CLOSE_TIMEOUT_S)
 
-    def _send(self, message: _Admitted | _Abandon | _Borrow) -> None:
+    def _send(self, message: _Message) -> None:
         """Raises EngineDead where nobody would take the message in any more."""
         with self._door:
             if self._dead is not None:
@@ -196,11 +241,14 @@ class ContinuousEngine:
         except BaseException as error:  # handed to the constructor's caller, which raises it
             started.put(error)
             return
+        if self._flight_path is not None:
+            self._recorder = FlightRecorder(self._flight_path, window_rows(core.info.max_num_seqs))
         started.put(core)
         try:
             while self._turn(core):
                 pass
-            self._die(EngineDead(f"the engine was closed with {len(self._waiting)} rows in it"))
+            if self._dead is None:
+                self._die(EngineDead(f"the engine was closed with {len(self._waiting)} rows in it"))
             core.close()
         except BaseException as error:
             self._die(EngineDead(f"the engine died with {len(self._waiting)} rows in it: {type(error).__name__}: {error}"))
@@ -217,12 +265,19 @@ class ContinuousEngine:
                 break
             if message is None:
                 return False
+            if isinstance(message, _Evict):
+                self._leave(core)
+                return False
             if isinstance(message, _Borrow):
                 message.work(core)
             elif isinstance(message, _Abandon):
                 self._abandon(core, message.outbox)
             else:
                 self._waiting[message.key] = message
+                if self._recorder is not None:
+                    if idle:
+                        self._recorder.moved()
+                    self._slots[message.key] = self._recorder.enter(message.tag, message.request.position)
                 error = core.add(message.key, message.request)
                 if error is not None:
                     self._finish(message.key, Generation(position=message.request.position, error=error))
@@ -233,6 +288,8 @@ class ContinuousEngine:
         if core.busy:
             for key, generation in core.step():
                 self._finish(key, generation)
+            if self._recorder is not None:
+                self._recorder.moved()
         self._busy_s += time.monotonic() - before
         return True
 
@@ -243,6 +300,8 @@ class ContinuousEngine:
         self._rows += 1
         self._prompt_tokens += len(admitted.request.token_ids)
         self._completion_tokens += sum(len(choice.token_ids) for choice in generation.choices)
+        if self._recorder is not None:
+            self._recorder.leave(self._slots.pop(key))
         self._gate.leave()
         admitted.outbox.put(generation)
 
@@ -251,7 +310,23 @@ class ContinuousEngine:
         for key in gone:
             core.abort(key)
             del self._waiting[key]
+            if self._recorder is not None:
+                self._recorder.leave(self._slots.pop(key), finished=False)
         self._gate.leave(len(gone))
+
+    def _leave(self, core: Core) -> None:
+        """Every caller gets its own unfinished rows' tokens."""
+        begun: dict[int, tuple[Outbox, dict[int, list[int]]]] = {}
+        for key, admitted in self._waiting.items():
+            _, tokens = begun.setdefault(id(admitted.outbox), (admitted.outbox, {}))
+            tokens[admitted.request.position] = core.begun(key)
+        message = f"the engine was asked to leave with {len(self._waiting)} rows in it"
+        self._waiting.clear()  # what is said below is all that their callers hear
+        with self._door:
+            self._dead = EngineEvicted(message)
+        for outbox, tokens in begun.values():
+            outbox.put(EngineEvicted(message, tokens))
+        self._die(self._dead)
 
     def _die(self, error: EngineDead) -> None:
         with self._door:

@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Any
 from typing import Protocol
 
+from pipeline.flight import Tag
 from schemas.prompts import RowError
 from schemas.sampling import Sampling
 
@@ -23,6 +24,8 @@ class Request:
     sampling: Sampling
     seed: int | None = None
     """Set where temperature is above 0."""
+    begun: tuple[int, ...] = ()
+    """Tokens that an earlier engine had generated for this row; the answer begins with them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,16 +75,34 @@ class EngineCounters:
     in_flight: int
 
 
+def may_go_on(sampling: Sampling) -> bool:
+    """Whether a greedy choice depends on prompt and tokens so far alone, so that a row can go on elsewhere from its token ids.
+
+    Not so with what is counted over the output alone, is seen in its text, or is reported for every token.
+    """
+    return (
+        sampling.temperature == 0
+        and sampling.n == 1
+        and sampling.presence_penalty == sampling.frequency_penalty == 0
+        and sampling.repetition_penalty == 1
+        and not sampling.stop
+        and not sampling.bad_words
+        and sampling.logprobs is None
+        and sampling.structured_outputs is None
+    )
+
+
 class Engine(Protocol):
     """What a unit needs of an engine."""
 
     @property
     def info(self) -> EngineInfo: ...
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+    def generate(self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False) -> Iterator[Generation]:
         """Generations as they finish, in no order. Safe from several threads, whose requests run in one continuous batch.
 
-        Requests are pulled as the engine has room for them, in the caller's thread. Raises EngineDead.
+        Requests are pulled as the engine has room for them, in the caller's thread. The tag names them in the flight record;
+        alone, no other caller's row is in the engine with them. Raises EngineDead; as EngineEvicted after what is finished.
         """
         ...
 
@@ -107,6 +128,10 @@ class Core(Protocol):
 
     def abort(self, key: int) -> None:
         """Forget a request; it will not come out."""
+        ...
+
+    def begun(self, key: int) -> list[int]:
+        """Token ids that a request has got so far; empty where going on from them would not be exact."""
         ...
 
     def step(self) -> list[tuple[int, Generation]]:

@@ -7,6 +7,8 @@ as in continuous batching. Tokens and lengths are a fixed function of the prompt
 from __future__ import annotations
 
 import heapq
+import math
+import os
 import time
 import zlib
 from collections import deque
@@ -15,11 +17,14 @@ from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.engine.engine import may_go_on
 from schemas.job import SimulatedOptions
 from schemas.prompts import RowError
 
 _MIN_SLEEP_S = 0.002
 """Shorter waits are saved up: the system's timer is no finer."""
+_MAX_SLEEP_S = 0.25
+"""A step is no longer than this, as a real one is not, so that the engine can be asked to leave."""
 _FIRST_TEXT_TOKEN = 256
 """Made-up ids start here, above the special and byte tokens that Llama tokenizers put first."""
 
@@ -67,21 +72,36 @@ class SimulatedCore:
         heapq.heapify(self._running)
         self._requests.pop(key, None)
 
+    def begun(self, key: int) -> list[int]:
+        request = self._requests.get(key)
+        if request is None or not may_go_on(request.sampling):
+            return []
+        (finish_at,) = [at for at, running in self._running if running == key]
+        (choice,) = self._generation(request).choices
+        return choice.token_ids[: max(0, len(choice.token_ids) - math.ceil(finish_at - self._tokens_per_row))]
+
     def step(self) -> list[tuple[int, Generation]]:
-        """Admit what fits, then decode until the next rows finish."""
+        """Admit what fits, then decode until the next rows finish, or for a moment."""
         while self._waiting and len(self._running) < self._options.max_num_seqs:
             key, request = self._waiting.popleft()
-            self._now += len(request.token_ids) / self._options.prefill_tokens_per_s
+            if self._options.dies_on_token in request.token_ids:
+                os.abort()
+            while self._options.hangs_on_token in request.token_ids:
+                time.sleep(60)
+            self._now += (len(request.token_ids) + len(request.begun)) / self._options.prefill_tokens_per_s
             self._requests[key] = request
-            heapq.heappush(self._running, (self._tokens_per_row + self._length(request) * request.sampling.n, key))
-        finish_at = self._running[0][0]
-        self._now += (finish_at - self._tokens_per_row) * len(self._running) / self._options.decode_tokens_per_s
-        self._tokens_per_row = finish_at
+            left = (self._length(request) - len(request.begun)) * request.sampling.n
+            heapq.heappush(self._running, (self._tokens_per_row + left, key))
+        per_row_s = len(self._running) / self._options.decode_tokens_per_s
+        most = max(0.0, time.monotonic() + _MAX_SLEEP_S - self._now) / per_row_s
+        reached = min(self._running[0][0], self._tokens_per_row + most)
+        self._now += (reached - self._tokens_per_row) * per_row_s
+        self._tokens_per_row = reached
         ahead = self._now - time.monotonic()
         if ahead > _MIN_SLEEP_S:
-            time.sleep(ahead)
+            time.sleep(min(ahead, _MAX_SLEEP_S))
         finished = []
-        while self._running and self._running[0][0] <= finish_at:
+        while self._running and self._running[0][0] <= reached:
             _, key = heapq.heappop(self._running)
             finished.append((key, self._generation(self._requests.pop(key))))
         return finished

@@ -18,6 +18,7 @@ from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.engine.engine import may_go_on
 from schemas.errors import EngineStartError
 from schemas.errors import JobError
 from schemas.prompts import RowError
@@ -84,9 +85,10 @@ class VllmCore:
 
     def add(self, key: int, request: Request) -> RowError | None:
         name = str(key)
-        prompt: Any = vllm.TokensPrompt(prompt_token_ids=request.token_ids)
+        token_ids = [*request.token_ids, *request.begun]
+        prompt: Any = vllm.TokensPrompt(prompt_token_ids=token_ids)
         if tokens_input is not None:
-            prompt = tokens_input(request.token_ids)
+            prompt = tokens_input(token_ids)
         try:
             self._engine.add_request(name, prompt, _params(request))
         except _ROW_ERRORS as error:
@@ -98,6 +100,15 @@ class VllmCore:
     def abort(self, key: int) -> None:
         if self._rows.pop(str(key), None) is not None:
             self._engine.abort_request([str(key)])
+
+    def begun(self, key: int) -> list[int]:
+        """Final-only output shows nothing before the end; the output processor's detokenizer keeps the ids of every row."""
+        request = self._rows[str(key)]
+        if not may_go_on(request.sampling):
+            return []
+        processor = self._engine.output_processor
+        (state,) = [processor.request_states[name] for name in processor.external_req_ids[str(key)]]
+        return [*request.begun, *state.detokenizer.output_token_ids]
 
     def step(self) -> list[tuple[int, Generation]]:
         finished = []
@@ -113,6 +124,8 @@ class VllmCore:
 def _params(request: Request) -> vllm.SamplingParams:
     sampling = request.sampling
     values = {name: getattr(sampling, name) for name in _SAME_NAME}
+    values["max_tokens"] -= len(request.begun)
+    values["min_tokens"] = max(0, sampling.min_tokens - len(request.begun))
     if sampling.structured_outputs is not None:
         values["structured_outputs"] = StructuredOutputsParams(**sampling.structured_outputs.model_dump(by_alias=True, exclude_none=True))
     return vllm.SamplingParams(
@@ -139,7 +152,7 @@ def _generation(request: Request, output: Any) -> Generation:
             return Generation(position=request.position, error=error)
         choices.append(
             GeneratedChoice(
-                token_ids=list(choice.token_ids),
+                token_ids=[*request.begun, *choice.token_ids],
                 finish_reason=reason,
                 text=choice.text if _needs_text(request.sampling) else None,
                 logprobs=_logprobs(choice) if request.sampling.logprobs is not None else None,

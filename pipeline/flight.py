@@ -1,0 +1,128 @@
+"""Flight: which rows are inside an engine and when it last moved, in a file that outlives the engine's process.
+
+Written by the engine's own thread through shared memory (no system call for a row); read by whoever looks after the process,
+also when that was killed, stopped or hangs. Knows where a row stands, never what is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEADER = struct.Struct("<dqq")  # monotonic seconds of the last step (one clock for all processes of a machine), steps, rows finished
+_SLOT = struct.Struct("<qq")  # number of the tag, from 1; position in the input table. All zero: empty
+_TAGS = ".tags.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tag:
+    """Whose rows they are."""
+
+    out_uri: str
+    fingerprint: str
+    unit: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flight:
+    """What was in an engine at one moment."""
+
+    moved_at: float
+    """Monotonic seconds of its last step, or of the first row after a rest."""
+    steps: int
+    rows_finished: int
+    """Since the engine came up."""
+    rows: Mapping[Tag, frozenset[int]]
+    """Positions of the rows inside, by whose they are."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+
+def is_hung(flight: Flight, *, now: float, silence_s: float) -> bool:
+    """Whether rows are inside and no step has ended for so long."""
+    return flight.num_rows > 0 and now - flight.moved_at > silence_s
+
+
+class FlightRecorder:
+    """Writes the record. Rows and steps come from one thread, tags from any."""
+
+    def __init__(self, path: Path, num_slots: int) -> None:
+        """Rows beyond `num_slots` at a time are not recorded."""
+        self._path = path
+        size_bytes = _HEADER.size + num_slots * _SLOT.size
+        with path.open("w+b") as file:
+            file.truncate(size_bytes)
+            self._map = mmap.mmap(file.fileno(), size_bytes)
+        self._free = list(range(num_slots))
+        self._steps = self._finished = 0
+        self._tags: dict[int, Tag] = {}
+        self._next_tag = 1
+        self._lock = threading.Lock()
+        self._write_tags()
+
+    def open_tag(self, tag: Tag) -> int:
+        """A number for the rows of one unit; to be closed when none of them is inside any more."""
+        with self._lock:
+            number, self._next_tag = self._next_tag, self._next_tag + 1
+            self._tags[number] = tag
+            self._write_tags()
+            return number
+
+    def close_tag(self, number: int) -> None:
+        with self._lock:
+            del self._tags[number]  # the file follows with the next tag: a name too many harms nobody
+
+    def enter(self, tag: int, position: int) -> int | None:
+        """A row goes in. Returns its slot, if there was one."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        _SLOT.pack_into(self._map, _HEADER.size + slot * _SLOT.size, tag, position)
+        return slot
+
+    def leave(self, slot: int | None, *, finished: bool = True) -> None:
+        """A row comes out, finished or given up."""
+        self._finished += finished
+        if slot is not None:
+            _SLOT.pack_into(self._map, _HEADER.size + slot * _SLOT.size, 0, 0)
+            self._free.append(slot)
+
+    def moved(self) -> None:
+        """A step ended, or a rest did."""
+        self._steps += 1
+        _HEADER.pack_into(self._map, 0, time.monotonic(), self._steps, self._finished)
+
+    def _write_tags(self) -> None:
+        target = self._path.with_suffix(_TAGS)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps({number: asdict(tag) for number, tag in self._tags.items()}))
+        temporary.replace(target)
+
+
+def read_flight(path: Path) -> Flight | None:
+    """The record as it stands; None where the engine never came up."""
+    try:
+        data = path.read_bytes()
+        tags = {int(number): Tag(**tag) for number, tag in json.loads(path.with_suffix(_TAGS).read_text()).items()}
+    except (OSError, ValueError):
+        return None
+    if len(data) < _HEADER.size:
+        return None
+    moved_at, steps, finished = _HEADER.unpack_from(data)
+    rows: defaultdict[Tag, set[int]] = defaultdict(set)
+    for number, position in _SLOT.iter_unpack(data[_HEADER.size :]):
+        if number in tags:
+            rows[tags[number]].add(position)
+    return Flight(
+        moved_at=moved_at, steps=steps, rows_finished=finished, rows={tag: frozenset(positions) for tag, positions in rows.items()}
+    )
