@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from pipeline.model import Model
 from schemas.errors import JobError
 from schemas.errors import describe_validation
+from schemas.job import EngineSpec
+from schemas.job import SimulatedOptions
 from schemas.profile import Profile
 
 _FOLDER = Path(__file__).parent / "profiles"
@@ -105,6 +107,15 @@ def load_profile(name: str, machine: Machine) -> Profile:
         return Profile.model_validate({"name": chosen, **yaml.safe_load(known[chosen].read_text())})
     except ValidationError as error:
         raise JobError(f"profile {known[chosen]}: {describe_validation(error)}") from None
+
+
+def cut_machine(engine: EngineSpec, model: Model, *, replicas: int | None) -> ReplicaPlan:
+    """The replicas that this machine runs. Raises JobError."""
+    if engine.kind == "simulated":
+        options = SimulatedOptions.model_validate(engine.options).model_dump()
+        return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options)
+    machine = this_machine()
+    return plan_replicas(load_profile(engine.profile, machine), machine, model, replicas=replicas, options=engine.options)
 
 
 def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas: int | None, options: dict[str, Any]) -> ReplicaPlan:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.flight import Flight
@@ -74,6 +73,12 @@ class _Slot:
     @property
     def name(self) -> str:
         return self.spec.config.name
+
+
+def engines_at_once(kind: str, num_replicas: int) -> int:
+    """How many engines may load at the same time. Two on two cores are both late; one after the other starts work sooner."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2) if kind == "vllm" else num_replicas
 
 
 class Supervisor:

@@ -1,4 +1,4 @@
-"""The process that owns one engine replica and runs a Dask worker inside. The only module of the pipeline with Dask.
+"""The process that owns one engine replica and is a member of a Dask cluster (see pipeline.membership).
 
 It registers with the scheduler only when its engine is ready, says in files of its folder how it fares, ignores Ctrl-C
 (its driver decides), hands its units back and leaves on SIGTERM, and ends when whoever holds its standard input does.
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,11 @@ EXIT_START_FAILED = 78
 EXIT_ENGINE_DEAD = 70
 EXIT_EVICTED = 75
 """sysexits' EX_TEMPFAIL: it was asked to leave, and did."""
-_METRICS_KEY = "tokenmill"
+METRICS_KEY = "tokenmill"
+"""Under it a worker tells its scheduler, once, what it is, and with each heartbeat how it fares."""
 _WATCH_S = 0.2
 _DYING_S = 30.0
-_HAND_BACK_S = 18.0
-"""For units to save their finished rows and to report, out of the 25 s that a supervisor waits after SIGTERM."""
-_REPORT_S = 3.0
+_SAVE_S = 18.0
 
 ENVIRONMENT = {
     # Must be set before a worker's process starts. Arrow's own pool keeps what it freed, and every thread that runs units
@@ -69,6 +69,7 @@ DASK_CONFIG: dict[str, Any] = {
     "distributed.scheduler.worker-saturation": 1.0,  # nothing waits on a worker that another could do now
     "distributed.scheduler.active-memory-manager.start": False,
     "distributed.comm.timeouts.connect": "60s",
+    "distributed.worker.http.routes": ["distributed.http.health"],  # nothing there asks for a password
 }
 
 
@@ -76,7 +77,6 @@ DASK_CONFIG: dict[str, Any] = {
 class WorkerConfig:
     """What a worker process is told; read from a JSON file."""
 
-    scheduler: str
     name: str
     model: dict[str, Any]
     kind: str
@@ -85,6 +85,14 @@ class WorkerConfig:
     """Units in flight at most."""
     folder: str
     """On a local disk; its files are named after the replica."""
+    scheduler: str = ""
+    """Its address, where it is known and stays."""
+    rendezvous: str | None = None
+    """Where else schedulers publish their address."""
+    keys: str | None = None
+    """Folder; without one, connections are plain TCP."""
+    insecure: bool = False
+    """Whether a published address may be tcp://."""
 
     @property
     def config_path(self) -> Path:
@@ -133,14 +141,20 @@ def run_unit_task(out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[
     return result
 
 
-def replica_metrics(worker_info: dict[str, Any]) -> dict[str, Any]:
+def replica_metrics(worker_info: Mapping[str, Any]) -> dict[str, Any]:
     """The replica's last counters, out of what the scheduler knows of a worker; empty before its first heartbeat."""
-    metrics: dict[str, Any] = worker_info.get("metrics", {}).get(_METRICS_KEY) or {}
+    metrics: dict[str, Any] = worker_info.get("metrics", {}).get(METRICS_KEY) or {}
     return metrics
 
 
+def registration(worker_info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a worker said of itself when it joined, out of what the scheduler knows of it; None of somebody else's worker."""
+    said: dict[str, Any] | None = worker_info.get(METRICS_KEY)
+    return said
+
+
 def main(config_path: str) -> int:
-    """Run until the scheduler lets go, SIGTERM comes or standard input closes. Returns the exit code."""
+    """Run until SIGTERM comes or standard input closes. Returns the exit code of a replica that never came up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_EVICTED))  # while there is nothing to hand back
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -162,62 +176,29 @@ def main(config_path: str) -> int:
         _say(config, state="failed", message=message)
         return EXIT_START_FAILED
     threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
-    info = asdict(replica.engine.info)
-    _say(config, state="ready", start_s=round(time.monotonic() - started, 1), engine=info)
-    evicted = asyncio.run(_serve(config, replica))
-    if not evicted:
-        replica.close()
-        return 0
-    # A unit's thread that still waits for storage would hold the process past its time.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_EVICTED)
+    ready = {"state": "ready", "start_s": round(time.monotonic() - started, 1), "engine": asdict(replica.engine.info)}
+    _say(config, **ready)
+    from pipeline.membership import serve  # Dask: a second of imports
+    from pipeline.versions import versions
 
+    said = {
+        "versions": versions(),
+        "model": config.model["path"],
+        "weights": config.model["weights_digest"],
+        "tokenizer": config.model["tokenizer_digest"],
+        "engine": config.kind,
+        "start_s": ready["start_s"],
+        "pid": os.getpid(),
+    }
 
-async def _serve(config: WorkerConfig, replica: Replica) -> bool:
-    """Whether it was evicted, rather than let go."""
-    import dask
-    from distributed import Worker
+    async def live() -> None:
+        await serve(config, replica, said, lambda member: _say(config, **ready, member=member))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_EVICTED)  # a thread that still waits for storage would hold the process past its time
 
-    leaving = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.set)
-    with dask.config.set(DASK_CONFIG):
-        worker = Worker(
-            config.scheduler,
-            name=config.name,
-            nthreads=config.num_threads,
-            memory_limit=0,
-            metrics={_METRICS_KEY: lambda _: replica.status()},
-            dashboard=False,
-            local_directory=str(config.scratch_path),
-        )
-        worker.replica = replica
-        await worker
-        asked = asyncio.create_task(leaving.wait())
-        finished = asyncio.create_task(worker.finished())
-        await asyncio.wait([asked, finished], return_when=asyncio.FIRST_COMPLETED)
-        if not asked.done():
-            asked.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await finished
-            return False
-        await _hand_back(worker, replica)
-        return True
-
-
-async def _hand_back(worker: Any, replica: Replica) -> None:
-    """Take no further unit, let those in flight save what is finished and report, and leave the scheduler."""
-    retire = worker.scheduler.retire_workers(workers=[worker.address], close_workers=False, remove=False)
-    retiring = asyncio.ensure_future(retire)
-    await asyncio.to_thread(replica.evict, _HAND_BACK_S)
-    deadline = time.monotonic() + _REPORT_S
-    while worker.state.executing_count and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
-    retiring.cancel()
-    with contextlib.suppress(Exception, asyncio.CancelledError):  # the units are saved, whatever Dask says
-        await retiring
-    with contextlib.suppress(Exception):
-        await asyncio.wait_for(worker.close(nanny=False), _REPORT_S)
+    asyncio.run(live())
+    return EXIT_EVICTED
 
 
 def _say(config: WorkerConfig, **values: Any) -> None:
@@ -255,7 +236,7 @@ def _end_with_engine(replica: Replica) -> None:
     if isinstance(dead, EngineEvicted):
         return  # the process hands its units back and ends by itself
     print(f"worker {replica.name}: {dead}", file=sys.stderr, flush=True)
-    replica.wait_idle(_HAND_BACK_S)  # units in flight save what is finished
+    replica.wait_idle(_SAVE_S)  # units in flight save what is finished
     time.sleep(1)  # and report
     os._exit(EXIT_ENGINE_DEAD)
 

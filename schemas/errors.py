@@ -79,6 +79,13 @@ class EngineEvicted(EngineDead):
         """Token ids that unfinished rows had got so far, by position."""
 
 
+def root_cause(error: BaseException) -> str:
+    """What lies under the words of those who passed an error on, such as a refused certificate under a failed connection."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def describe_validation(error: ValidationError, *, show_found: bool = True) -> str:
     """One line per problem: the field's path, what is allowed, what was found. Never a secret, nor anything under `storage`."""
     from schemas.storage import looks_secret

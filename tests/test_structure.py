@@ -20,12 +20,14 @@ _FILES = sorted(path for package in _PACKAGES for path in (_ROOT / package).rglo
 _ALLOWED = {"schemas": {"schemas"}, "pipeline": {"schemas", "pipeline"}, "jobs": {"schemas", "pipeline", "jobs"}}
 """jobs → pipeline → schemas, and never back."""
 
+_DASK_CLUSTERS = {"jobs/cluster/local.py", "jobs/cluster/address.py", "jobs/cluster/dask_units.py"}
 _OWNERS = {
     "vllm": {"pipeline/engine/vllm.py"},
     "torch": {"pipeline/engine/vllm.py"},
     "click": {"jobs/cli.py"},
-    "distributed": {"pipeline/worker.py", "jobs/cluster/local.py"},
-    "dask": {"pipeline/worker.py", "jobs/cluster/local.py"},
+    "cryptography": {"pipeline/tls.py"},
+    "distributed": {"pipeline/worker.py", "pipeline/membership.py", "pipeline/tls.py", "jobs/scheduler.py", *_DASK_CLUSTERS},
+    "dask": {"pipeline/membership.py", "jobs/scheduler.py", *_DASK_CLUSTERS},
     "fsspec": {"pipeline/storage.py"},
     "transformers": {"pipeline/render.py"},
     "yaml": {"jobs/api.py", "jobs/cli.py", "pipeline/profile.py"},

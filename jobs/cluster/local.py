@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import tempfile
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict
-from dataclasses import fields
-from typing import Any
 
 import dask
 from distributed import Client
-from distributed import Future
 from distributed import LocalCluster as DaskCluster
-from distributed.scheduler import KilledWorker
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from jobs.cluster.dask_units import DaskUnits
+from jobs.cluster.dask_units import replica_states
+from jobs.scheduler import SCHEDULER_CONFIG
 from pipeline.model import Model
 from pipeline.profile import ReplicaPlan
 from pipeline.segments import record_death
 from pipeline.supervisor import ReplicaSpec
 from pipeline.supervisor import Supervisor
-from pipeline.worker import DASK_CONFIG
+from pipeline.supervisor import engines_at_once
 from pipeline.worker import WorkerConfig
-from pipeline.worker import replica_metrics
-from pipeline.worker import run_unit_task
-from schemas.errors import ReplicaLost
 from schemas.unit import WorkUnit
 
 
@@ -37,13 +31,13 @@ class LocalCluster:
     """Replicas as child processes. They end with this process, however it ends."""
 
     def __init__(self, *, plan: ReplicaPlan, model: Model, kind: str, units_at_once: int, silence_s: float) -> None:
-        self._config = dask.config.set(DASK_CONFIG)
+        self._config = dask.config.set(SCHEDULER_CONFIG)
         self._config.__enter__()
         self._dask = DaskCluster(
             n_workers=0, processes=True, host="127.0.0.1", protocol="tcp://", dashboard_address="127.0.0.1:0", silence_logs=50
         )
         self._client = Client(self._dask, set_as_default=False)
-        self._nonce = uuid.uuid4().hex[:6]
+        self._units = DaskUnits(self._client)
         folder = tempfile.mkdtemp(prefix="tokenmill-")
         specs = [
             ReplicaSpec(
@@ -60,10 +54,8 @@ class LocalCluster:
             )
             for index in range(plan.replicas)
         ]
-        # Two engines that load at the same time on two cores are both late; one at a time starts work sooner.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        max_loading = max(1, cores // 2) if kind == "vllm" else plan.replicas
-        self._supervisor = Supervisor(specs, max_loading=max_loading, silence_s=silence_s, on_death=record_death)
+        at_once = engines_at_once(kind, plan.replicas)
+        self._supervisor = Supervisor(specs, max_loading=at_once, silence_s=silence_s, on_death=record_death)
 
     @property
     def dashboard(self) -> str | None:
@@ -80,27 +72,15 @@ class LocalCluster:
         return self._client
 
     def replicas(self) -> list[ReplicaState]:
-        known = {field.name for field in fields(ReplicaState)} - {"name"}
-        states = []
-        for info in self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"].values():
-            metrics = {key: value for key, value in replica_metrics(info).items() if key in known}
-            if metrics:
-                states.append(ReplicaState(name=str(info["name"]), **metrics))
+        states = replica_states(self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"])
         if not states:
             self._supervisor.raise_if_hopeless()
-        return sorted(states, key=lambda state: state.name)
+        return states
 
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
     ) -> None:
-        key = f"unit-{fingerprint[:8]}-{unit.index:08d}-{self._nonce}a{attempt}-{uuid.uuid4().hex[:6]}"
-        where: dict[str, Any] = {"workers": [on], "allow_other_workers": True} if on else {}
-        future = self._client.submit(run_unit_task, out_uri, fingerprint, unit.to_dict(), key=key, retries=0, pure=False, **where)
-
-        def report(finished: Future) -> None:
-            done(_result(finished))
-
-        future.add_done_callback(report)
+        self._units.submit(out_uri, fingerprint, unit, attempt, done, on)
 
     def notes(self) -> list[str]:
         return self._supervisor.notes()
@@ -117,18 +97,3 @@ class LocalCluster:
             self._client.close(timeout=2)
             self._dask.close(timeout=5)
         self._config.__exit__(None, None, None)
-
-
-def _result(finished: Future) -> Result:
-    """What a unit's task returned or raised; that its worker, or the scheduler, went away is said in our own terms."""
-    try:
-        result: Result = finished.result()
-    except KilledWorker as error:
-        return ReplicaLost(f"replica {error.last_worker.name} went away")
-    except BaseException as error:  # carried to the driver, which decides
-        if type(error).__name__ in ("CancelledError", "FutureCancelledError"):
-            return ReplicaLost("the scheduler went away or forgot it")
-        return error
-    finally:
-        finished.release()
-    return result

@@ -1,0 +1,107 @@
+"""Units over a Dask client, the same for every cluster whose replicas are Dask workers. Knows neither who started them nor why."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from distributed import Client
+from distributed import Future
+from distributed.scheduler import KilledWorker
+
+from jobs.cluster.cluster import ReplicaState
+from jobs.cluster.cluster import Result
+from pipeline.worker import replica_metrics
+from pipeline.worker import run_unit_task
+from schemas.errors import ReplicaLost
+from schemas.unit import WorkUnit
+
+_COUNTERS = frozenset(field.name for field in fields(ReplicaState)) - {"name"}
+_FETCH_S = 60.0
+"""For a result of under a KiB to come from its replica."""
+
+
+def replica_states(workers: Mapping[str, Mapping[str, Any]]) -> list[ReplicaState]:
+    """Those ready, by name, out of what a scheduler knows of its workers."""
+    states = []
+    for info in workers.values():
+        counters = {key: value for key, value in replica_metrics(info).items() if key in _COUNTERS}
+        if counters:
+            states.append(ReplicaState(name=str(info["name"]), **counters))
+    return sorted(states, key=lambda state: state.name)
+
+
+class DaskUnits:
+    """Units in flight over one client. Each is answered once, also where the client goes away under it."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._flying: dict[str, Callable[[Result], None]] = {}
+        self._lock = threading.Lock()
+        self._lost: str | None = None
+
+    @property
+    def num_flying(self) -> int:
+        return len(self._flying)
+
+    def submit(
+        self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
+    ) -> None:
+        """See jobs.cluster.cluster."""
+        # A key that a scheduler saw before, with another run of the unit, would give that run's result, or confuse it.
+        key = f"unit-{fingerprint[:8]}-{unit.index:08d}-a{attempt}-{uuid.uuid4().hex[:12]}"
+        with self._lock:
+            lost = self._lost
+            if lost is None:
+                self._flying[key] = done
+        if lost is not None:
+            done(ReplicaLost(lost))
+            return
+        where: dict[str, Any] = {"workers": [on], "allow_other_workers": True} if on else {}
+        try:
+            future = self._client.submit(run_unit_task, out_uri, fingerprint, unit.to_dict(), key=key, retries=0, pure=False, **where)
+        except Exception as error:  # a client that closes at this moment says so in many ways
+            self._answer(key, ReplicaLost(f"the unit could not be sent: {type(error).__name__}: {error}"))
+            return
+        future.add_done_callback(self._report)
+
+    def lose_all(self, reason: str) -> None:
+        """The client is of no use any more: answer for it."""
+        with self._lock:
+            self._lost = reason
+            keys = list(self._flying)
+        for key in keys:
+            self._answer(key, ReplicaLost(reason))
+
+    def _report(self, future: Future) -> None:
+        result = _result(future)
+        with contextlib.suppress(Exception):  # of a client that is closed
+            future.release()
+        self._answer(future.key, result)
+
+    def _answer(self, key: str, result: Result) -> None:
+        with self._lock:
+            done = self._flying.pop(key, None)
+        if done is not None:
+            done(result)
+
+
+def _result(future: Future) -> Result:
+    """What the unit's task returned or raised; that a replica or the way to it went away is said in our own terms."""
+    if future.status == "error":
+        error = future.exception(timeout=_FETCH_S)
+        if isinstance(error, KilledWorker):
+            return ReplicaLost(f"replica {error.last_worker.name} went away")
+        return error if isinstance(error, BaseException) else ReplicaLost(f"the scheduler says {error!r}")
+    if future.status != "finished":
+        return ReplicaLost("the scheduler went away, or forgot the unit")
+    try:
+        result: Result = future.result(timeout=_FETCH_S)
+    except Exception as error:  # the task went well, so it is the way here
+        return ReplicaLost(f"the unit's result did not arrive: {type(error).__name__}: {error}")
+    return result

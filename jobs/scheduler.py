@@ -1,0 +1,146 @@
+"""`tokenmill scheduler`: a Dask scheduler in a process of its own, for nodes that join and drivers that come and go.
+
+It keeps nothing: when it dies, workers and drivers look for the next one, and what was in flight is run again. So it belongs
+on a machine that stays, not on a spot node. Hears of units only as opaque tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+from distributed import Scheduler
+
+from pipeline import rendezvous
+from pipeline import tls
+from pipeline.rendezvous import Rendezvous
+from pipeline.worker import DASK_CONFIG
+from schemas.address import check_address
+from schemas.address import split_address
+from schemas.errors import EXIT_COMPLETE
+from schemas.errors import EXIT_UNITS_FAILED
+from schemas.errors import JobError
+
+SCHEDULER_CONFIG: dict[str, Any] = {
+    **DASK_CONFIG,
+    # Scheduler and workers balance by how long tasks take: half a second, Dask's guess, is wrong by three orders.
+    "distributed.scheduler.unknown-task-duration": "10m",
+    "distributed.scheduler.default-task-durations": {"unit": "10m"},
+    # The pages have no password. Left out are those that show call stacks and logs, reach through to workers, or take orders.
+    "distributed.scheduler.http.routes": ["distributed.http.health", "distributed.http.scheduler.prometheus", "distributed.http.statics"],
+    "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": ["localhost", "127.0.0.1"],
+}
+"""Read by a scheduler when it is made, in its own process."""
+_WATCH_S = 5.0
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_EVERYWHERE = ("0.0.0.0", "[::]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerSpec:
+    """What to serve, and where. Raises JobError for what is not safe."""
+
+    listen: str = "tls://0.0.0.0:8786"
+    keys: str | None = None
+    insecure: bool = False
+    rendezvous: str | None = None
+    dashboard: str | None = "127.0.0.1:8787"
+    """HOST:PORT on the loopback interface, or None."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_address(self.listen, self.keys, self.insecure, any_port=True)
+        except ValueError as error:
+            raise JobError(f"--listen: {error}") from None
+        if self.dashboard is not None and self.dashboard.rpartition(":")[0] not in _LOOPBACK:
+            raise JobError(
+                f"--dashboard: found {self.dashboard!r}, expected 127.0.0.1:PORT or none; it asks for no password and shows what runs. "
+                "From elsewhere, reach it through `ssh -L 8787:127.0.0.1:8787 HOST`"
+            )
+        if self.keys is not None and self.rendezvous is not None:
+            tls.check_apart(self.keys, [self.rendezvous])
+
+
+def serve(spec: SchedulerSpec, say: Callable[[str], None]) -> int:
+    """Until SIGTERM or SIGINT, or until a newer scheduler has published itself. Returns the exit code. Raises JobError."""
+    security = tls.security(spec.keys)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard // 2), hard))  # a worker takes several, and 1,024 are soon gone
+    with dask.config.set(SCHEDULER_CONFIG):
+        return asyncio.run(_serve(spec, security, say))
+
+
+async def _serve(spec: SchedulerSpec, security: Any, say: Callable[[str], None]) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    scheduler = await _start(spec, security)
+    try:
+        mine = await asyncio.to_thread(_publish, spec, scheduler.address)
+        number = f" with number {mine.number} in {spec.rendezvous}" if mine else ""
+        say(f"scheduler at {scheduler.address}{number}")
+        if spec.dashboard is not None:
+            say(f"dashboard at http://127.0.0.1:{scheduler.http_server.port}/status, on this machine only")
+        waits = [asyncio.create_task(stop.wait()), asyncio.create_task(scheduler.finished())]
+        if mine is not None and spec.rendezvous is not None:
+            waits.append(asyncio.create_task(_replaced(spec.rendezvous, mine)))
+        done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        newer = [task.result() for task in done if isinstance(task.result(), Rendezvous)]
+        if newer:
+            say(f"scheduler {newer[0].number} at {newer[0].address} took this one's place: ending")
+            return EXIT_UNITS_FAILED
+        return EXIT_COMPLETE
+    finally:
+        await scheduler.close(reason="asked to end")
+
+
+async def _start(spec: SchedulerSpec, security: Any) -> Any:
+    scheme, host, port = split_address(spec.listen)
+    scheduler = Scheduler(
+        host=f"{scheme}://{host}",
+        port=port,
+        protocol=scheme,
+        security=security,
+        dashboard=spec.dashboard is not None,
+        dashboard_address=spec.dashboard or "127.0.0.1:0",  # Dask serves its health page in any case
+    )
+    try:
+        await scheduler
+    except OSError as error:
+        raise JobError(f"--listen: cannot listen on {spec.listen}: {error.strerror or error}") from None
+    own = split_address(scheduler.address)[1]
+    if host in _EVERYWHERE and own in _LOOPBACK:
+        await scheduler.close(reason="no address")
+        raise JobError(f"--listen: {spec.listen} is everywhere, but no address was found that others reach; name this machine's own")
+    return scheduler
+
+
+def _publish(spec: SchedulerSpec, address: str) -> Rendezvous | None:
+    if spec.rendezvous is None:
+        return None
+    try:
+        return rendezvous.publish(spec.rendezvous, address, now=time.time())
+    except OSError as error:
+        raise JobError(f"--rendezvous: cannot publish in {spec.rendezvous}: {error}") from None
+
+
+async def _replaced(uri: str, mine: Rendezvous) -> Rendezvous:
+    """Returns once there is a newer scheduler."""
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        try:
+            newer = await asyncio.to_thread(rendezvous.successor, uri, mine)
+        except (OSError, JobError) as error:  # of no consequence as long as nobody took over; asked again in a moment
+            print(f"the rendezvous {uri} does not answer: {error}", file=sys.stderr, flush=True)
+            continue
+        if newer is not None:
+            return newer

@@ -1,0 +1,170 @@
+"""`tokenmill worker`: all engine replicas of one node, kept alive here and members of a cluster that is elsewhere.
+
+Knows the model and the cluster, and nothing of the jobs that will run. SIGTERM, SIGINT or Azure's notice hands back what is in flight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline import tls
+from pipeline.eviction import watch_evictions
+from pipeline.model import Model
+from pipeline.model import resolve_model
+from pipeline.profile import ReplicaPlan
+from pipeline.profile import cut_machine
+from pipeline.segments import record_death
+from pipeline.supervisor import ReplicaSpec
+from pipeline.supervisor import Supervisor
+from pipeline.supervisor import engines_at_once
+from pipeline.worker import WorkerConfig
+from schemas.errors import EXIT_COMPLETE
+from schemas.errors import EngineStartError
+from schemas.errors import JobError
+from schemas.errors import describe_validation
+from schemas.job import ClusterSpec
+from schemas.job import EngineSpec
+from schemas.job import LimitsSpec
+from schemas.sampling import Frozen
+from schemas.storage import StorageSpec
+
+_UNITS_AT_ONCE = 24
+"""In flight on one replica at most; how many the driver sends depends on its job's rows."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_TELL_S = 0.5
+
+
+class NodeJob(Frozen):
+    """What a node needs to know of the jobs that it will run; the parts of a job file that say so."""
+
+    model: str
+    engine: EngineSpec = EngineSpec()
+    cluster: ClusterSpec
+    limits: LimitsSpec = LimitsSpec()
+    storage: StorageSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeSpec:
+    """One node."""
+
+    job: NodeJob
+    name: str
+    """Its replicas are named after it, so no two nodes may share it."""
+    replicas: int | None = None
+    """By default what the profile finds good for this machine."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise JobError(f"--name: found {self.name!r}, expected letters, digits, dots, underscores and hyphens")
+        if self.job.cluster.kind != "address":
+            raise JobError("a worker needs --scheduler or --rendezvous, or a job file whose cluster is kind: address")
+
+
+def parse_node(data: Mapping[str, Any], *, name: str | None, replicas: int | None) -> NodeSpec:
+    """A job file's fields, of which other sections do not matter here. Raises JobError."""
+    if not data.get("model"):
+        raise JobError("give a job file, or --model; see `tokenmill worker --help`")
+    try:
+        job = NodeJob.model_validate({field: data[field] for field in NodeJob.model_fields if field in data})
+    except ValidationError as error:
+        raise JobError(describe_validation(error)) from None
+    return NodeSpec(job=job, name=name or socket.gethostname(), replicas=replicas)
+
+
+def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
+    """Until the node is evicted. Returns the exit code. Raises JobError, or EngineStartError where no engine comes up."""
+    cluster = spec.job.cluster
+    if cluster.keys is not None:
+        tls.read_keys(cluster.keys)
+        tls.check_apart(cluster.keys, [cluster.rendezvous] if cluster.rendezvous else [])
+    storage.use(spec.job.storage)
+    leave = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: leave.set())
+    watch = watch_evictions(leave.set)
+    model = resolve_model(spec.job.model)
+    plan = cut_machine(spec.job.engine, model, replicas=spec.replicas)
+    specs = replica_specs(spec, model, plan, tempfile.mkdtemp(prefix="tokenmill-"))
+    say(f"node {spec.name}: {plan.replicas} replicas of {model.path} ({plan.profile}); logs in {specs[0].config.folder}")
+    kind = spec.job.engine.kind
+    supervisor = Supervisor(
+        specs, max_loading=engines_at_once(kind, plan.replicas), silence_s=spec.job.limits.engine_silence_s, on_death=record_death
+    )
+    try:
+        _look_after(supervisor, [replica.config for replica in specs], leave, say)
+    finally:
+        supervisor.close()
+        if watch is not None:
+            watch.close()
+    return EXIT_COMPLETE
+
+
+def replica_specs(spec: NodeSpec, model: Model, plan: ReplicaPlan, folder: str) -> list[ReplicaSpec]:
+    """What each replica's process is told."""
+    cluster = spec.job.cluster
+    return [
+        ReplicaSpec(
+            config=WorkerConfig(
+                name=f"{spec.name}-{index}",
+                model=asdict(model),
+                kind=spec.job.engine.kind,
+                options=plan.options,
+                num_threads=_UNITS_AT_ONCE,
+                folder=folder,
+                scheduler=cluster.address or "",
+                rendezvous=storage.absolute(cluster.rendezvous) if cluster.rendezvous else None,
+                keys=storage.absolute(cluster.keys) if cluster.keys else None,
+                insecure=cluster.insecure,
+            ),
+            environment=plan.environment_of(index),
+        )
+        for index in range(plan.replicas)
+    ]
+
+
+def _look_after(supervisor: Supervisor, configs: list[WorkerConfig], leave: threading.Event, say: Callable[[str], None]) -> None:
+    """Say what happens; on notice evict, and wait for the end of that. Raises EngineStartError."""
+    members: dict[str, str] = {}
+    told = False
+    while not supervisor.ended:
+        if leave.wait(_TELL_S) and not told:
+            told = True
+            say("leaving: units in flight save their finished rows and are handed back")
+            supervisor.evict()
+        elif told:
+            threading.Event().wait(_TELL_S)
+        for note in supervisor.notes():
+            say(note)
+        for config in configs:
+            member = _member(config)
+            if member and members.get(config.name) != member:
+                members[config.name] = member
+                say(f"replica {config.name}: {member}")
+    for note in supervisor.notes():
+        say(note)
+    if not told:
+        supervisor.raise_if_hopeless()
+        raise EngineStartError("no engine replica is left on this node; see what was said of each above")
+
+
+def _member(config: WorkerConfig) -> str | None:
+    """How a replica stands with its scheduler, in its own words."""
+    try:
+        said: str | None = json.loads(config.status_path.read_text()).get("member")
+    except (OSError, ValueError):
+        return None
+    return said

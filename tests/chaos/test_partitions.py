@@ -1,0 +1,296 @@
+"""Hosts that lose sight of each other, over TLS and a real blob service: nothing lost, nothing doubled, no engine loaded twice.
+
+Each host is a network namespace: `control` has driver and scheduler, `spare` is where they come back, three hosts have a worker
+each, `store` has Azurite. The engine is simulated at a low rate, so that there is time to cut. The workers live through all
+tests; each test is a job of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from distributed import Client
+
+from jobs.verify import verify
+from pipeline import rendezvous
+from pipeline import storage
+from pipeline import tls
+from pipeline.commit import read_report
+from pipeline.worker import registration
+from pipeline.worker import replica_metrics
+from schemas.manifest import UnitReport
+from tests import azurite
+from tests.chaos.checker import History
+from tests.chaos.checker import check
+from tests.chaos.namespaces import Host
+from tests.chaos.namespaces import Network
+from tests.chaos.namespaces import Process
+from tests.chaos.namespaces import inside
+from tests.chaos.namespaces import network
+from tests.commands import TOKENMILL
+from tests.conftest import build_tiny_model
+
+pytestmark = [pytest.mark.chaos, pytest.mark.azurite]
+
+_PATIENCE_S = 90.0
+_UNIT_ROWS = 16
+_OPTIONS = {"decode_tokens_per_s": 120, "prefill_tokens_per_s": 1e6, "max_num_seqs": 5, "lengths": "max"}
+"""A unit of 16 rows and 8 tokens takes a replica about a second."""
+_WORKERS = ("one", "two", "three")
+_ENVIRONMENT = {
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "11s",  # Dask's least; a silent peer counts as gone after so long
+    "PYTHONUNBUFFERED": "1",
+}
+_CUT_S = 6.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One replica, as its scheduler knows it."""
+
+    pid: int
+    rows: int
+    """Finished since its engine came up."""
+
+
+class Site:
+    """The network, what runs on it, and where results go. Its processes are ended with the network."""
+
+    def __init__(self, net: Network, folder: Path, container: str, model: Path) -> None:
+        self.net, self.folder, self.model = net, folder, model
+        self.uri, self.place = f"az://{container}", f"az://{container}/cluster"
+        self.keys = str(tls.make_keys(folder / "keys", valid_days=1).folder)
+        self.workers = {name: self._start(self.hosts[name], *self._worker(name)) for name in _WORKERS}
+
+    @property
+    def hosts(self) -> Mapping[str, Host]:
+        return self.net.hosts
+
+    def scheduler_on(self, host: Host) -> Process:
+        listen = f"tls://{host.address}:8786"
+        command = ("scheduler", "--listen", listen, "--keys", self.keys, "--rendezvous", self.place, "--dashboard", "none")
+        started = self._start(host, *command)
+        wait_for(lambda: f"scheduler at {listen}" in started.log, "the scheduler", started)
+        return started
+
+    def members(self) -> dict[str, Member]:
+        """By name."""
+        entry = rendezvous.look_up(self.place)
+        assert entry is not None
+        with Client(entry.address, security=tls.security(self.keys), set_as_default=False, timeout=10) as client:
+            workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+        found = {}
+        for info in workers.values():
+            said = registration(info)
+            assert said is not None
+            found[str(info["name"])] = Member(pid=said["pid"], rows=replica_metrics(info)["rows"])
+        return found
+
+    def all_are_members(self) -> bool:
+        return set(self.members()) == {f"{name}-0" for name in _WORKERS}
+
+    def _start(self, host: Host, *arguments: str) -> Process:
+        return host.start(TOKENMILL, *arguments, cwd=self.folder, environment=_ENVIRONMENT)
+
+    def _worker(self, name: str) -> list[str]:
+        options = [word for key, value in _OPTIONS.items() for word in ("--set", f"engine.options.{key}={value}")]
+        where = ["--rendezvous", self.place, "--keys", self.keys, "--name", name, "--replicas", "1"]
+        return ["worker", "--model", str(self.model), "--engine", "simulated", *where, *options]
+
+
+class Job:
+    """One job at a site, and what is known of its parts over time."""
+
+    def __init__(self, site: Site, name: str, units: int) -> None:
+        self.site, self.rows, self.units = site, units * _UNIT_ROWS, units
+        self.folder, self.out = site.folder / name, f"{site.uri}/{name}"
+        self.input = str(self.folder / "in" / "prompts.parquet")
+        (self.folder / "in").mkdir(parents=True)
+        table = {"id": list(range(self.rows)), "prompt": [f"question {row}" for row in range(self.rows)]}
+        pq.write_table(pa.table(table), self.input, row_group_size=_UNIT_ROWS)
+        data = {
+            "name": name,
+            "model": str(site.model),
+            "input": {"uri": self.input, "prompt": "prompt"},
+            "output": {"uri": self.out},
+            "sampling": {"max_tokens": 8},
+            "engine": {"kind": "simulated", "options": _OPTIONS},
+            "cluster": {"kind": "address", "rendezvous": site.place, "keys": site.keys},
+        }
+        (self.folder / "job.yaml").write_text(yaml.safe_dump(data))
+        self.history = History(self.out)
+
+    def run_on(self, host: Host) -> Process:
+        return host.start(TOKENMILL, "run", "job.yaml", cwd=self.folder, environment=_ENVIRONMENT)
+
+    def wait_for_parts(self, count: int, process: Process) -> None:
+        """More than there are."""
+        goal = self.history.parts + count
+        wait_for(lambda: self.history.parts >= goal, f"{goal} parts", process)
+
+    def reports(self) -> list[UnitReport]:
+        return [read_report(storage.join(self.out, name)) for name in storage.list_names(self.out) if name.startswith("part-")]
+
+    def prove(self) -> None:
+        verdict = verify(self.out)
+        assert (verdict.problems, verdict.complete) == ([], True)
+        found = check(self.input, self.out)
+        assert found.fine, found.describe()
+        assert found.rows_out == found.completions == self.rows
+        assert self.history.fine, self.history.describe()
+        assert len(self.reports()) == self.units
+
+
+def wait_for(condition: Callable[[], Any], what: str, process: Process | None = None) -> None:
+    """Fails where the process ends before, or patience does."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        log = process.log if process else ""
+        assert process is None or process.running or condition(), f"it ended before {what}:\n{log}"
+        assert time.monotonic() < deadline, f"waited in vain for {what}:\n{log}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    reason = azurite.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("site")
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        net = stack.enter_context(network("control", "spare", "store", *_WORKERS))
+        with inside(net.hosts["store"]):
+            service = stack.enter_context(azurite.running(host=net.hosts["store"].address))
+        patch.setenv(azurite.CONNECTION_STRING, service.connection_string)
+        made = Site(net, folder, service.new_container(), build_tiny_model(folder / "model"))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def control(site: Site) -> dict[str, Process]:
+    """The scheduler that runs on the control host; tests that end it put its successor there."""
+    return {"scheduler": site.scheduler_on(site.hosts["control"])}
+
+
+@pytest.fixture
+def members(site: Site, control: dict[str, Process]) -> dict[str, Member]:
+    """Every worker, as it is before a test."""
+    wait_for(site.all_are_members, "three members")
+    return site.members()
+
+
+def pids(members: Mapping[str, Member]) -> dict[str, int]:
+    """A replica's process is the same one only if its engine is."""
+    return {name: member.pid for name, member in members.items()}
+
+
+def tell(what: str, job: Job, before: Mapping[str, Member], after: Mapping[str, Member], **seconds: float) -> None:
+    """The figures, for whoever reads them (pytest -rP)."""
+    generated = sum(member.rows for member in after.values()) - sum(member.rows for member in before.values())
+    repeated = (generated - job.rows) / _UNIT_ROWS
+    times = ", ".join(f"{name.replace('_', ' ')} {value:.1f} s" for name, value in seconds.items())
+    print(f"{what}: {times}; {job.units} units, {repeated:.1f} of them generated again; 0 lost, 0 doubled")
+
+
+def test_a_worker_host_cut_off_from_the_scheduler_only(site: Site, members: dict[str, Member]) -> None:
+    """Storage stays in its sight: what it has in flight it commits late, or finds committed by whoever ran it again."""
+    job, lonely = Job(site, "cut-worker", 64), site.hosts["three"]
+    with job.history.watch():
+        run = job.run_on(site.hosts["control"])
+        job.wait_for_parts(6, run)
+        cut_at = time.monotonic()
+        site.net.cut(site.hosts["control"], lonely)
+        wait_for(lambda: "replica three-0 is gone" in run.log, "the driver's word that it is gone", run)
+        noticed_s = time.monotonic() - cut_at
+        wait_for(lambda: "lost tls://" in site.workers["three"].log, "the worker's word that it is alone", site.workers["three"])
+        site.net.heal(site.hosts["control"], lonely)
+        assert run.wait(_PATIENCE_S) == 0, run.log
+        wait_for(site.all_are_members, "the worker's return")
+    back = {int(unit) for unit in re.findall(r"unit (\d+) came back, again in", run.log)}
+    assert back, run.log
+    seen_at = {int(name.split("-")[1]): at for name, at in job.history.seen_at.items()}
+    job.prove()
+    after = site.members()
+    assert pids(after) == pids(members)
+    all_s = max(seen_at[unit] for unit in back) - cut_at
+    tell("worker host cut off", job, members, after, noticed_after=noticed_s, all_its_units_committed_after=all_s)
+
+
+def test_storage_cut_off_from_everybody(site: Site, members: dict[str, Member]) -> None:
+    job = Job(site, "cut-storage", 40)
+    with job.history.watch():
+        run = job.run_on(site.hosts["control"])
+        job.wait_for_parts(4, run)
+        users = [site.hosts[name] for name in ("control", *_WORKERS)]
+        for host in users:
+            site.net.cut(site.hosts["store"], host)
+        time.sleep(_CUT_S)
+        for host in users:
+            site.net.heal(site.hosts["store"], host)
+        healed_at = time.monotonic()
+        job.wait_for_parts(1, run)
+        first_s = time.monotonic() - healed_at
+        assert run.wait(_PATIENCE_S) == 0, run.log
+    job.prove()
+    after = site.members()
+    assert pids(after) == pids(members)
+    tell(f"storage cut off for {_CUT_S:.0f} s", job, members, after, first_commit_after_its_return=first_s)
+
+
+def test_a_killed_scheduler_costs_no_engine_and_the_driver_goes_on(
+    site: Site, control: dict[str, Process], members: dict[str, Member]
+) -> None:
+    job = Job(site, "kill-scheduler", 40)
+    with job.history.watch():
+        run = job.run_on(site.hosts["control"])
+        job.wait_for_parts(4, run)
+        killed_at = time.time()
+        control["scheduler"].send(signal.SIGKILL)
+        control["scheduler"].wait(_PATIENCE_S)
+        wait_for(lambda: "lost the scheduler at" in run.log, "the driver's word that it is gone", run)
+        control["scheduler"] = site.scheduler_on(site.hosts["control"])
+        restarted_at = time.time()
+        assert run.wait(_PATIENCE_S) == 0, run.log
+        wait_for(site.all_are_members, "all workers' return")
+    job.prove()
+    after = site.members()
+    assert pids(after) == pids(members)
+    first = min(report.finished_at for report in job.reports() if report.started_at > restarted_at)
+    up_s, first_s = restarted_at - killed_at, first - killed_at
+    tell("scheduler killed", job, members, after, new_one_up_after=up_s, first_new_unit_committed_after=first_s)
+
+
+def test_the_host_of_driver_and_scheduler_dies_and_another_takes_over(
+    site: Site, control: dict[str, Process], members: dict[str, Member]
+) -> None:
+    job = Job(site, "kill-host", 40)
+    with job.history.watch():
+        first_run = job.run_on(site.hosts["control"])
+        job.wait_for_parts(4, first_run)
+        killed_at = time.time()
+        site.hosts["control"].kill()
+        first_run.wait(_PATIENCE_S)
+        assert not verify(job.out).complete
+        control["scheduler"] = site.scheduler_on(site.hosts["spare"])
+        restarted_at = time.time()
+        run = job.run_on(site.hosts["spare"])
+        assert run.wait(_PATIENCE_S) == 0, run.log
+        wait_for(site.all_are_members, "all workers' return")
+    job.prove()
+    after = site.members()
+    assert pids(after) == pids(members)
+    first = min(report.finished_at for report in job.reports() if report.started_at > restarted_at)
+    tell("host of driver and scheduler killed", job, members, after, first_new_unit_committed_after=first - killed_at)
