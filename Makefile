@@ -1,9 +1,14 @@
-.PHONY: setup demo test check lint types fast engine chaos constraints
+.PHONY: setup python azurite demo test check lint types fast engine chaos constraints
 
-setup:            ## make .venv
+setup: python azurite  ## make .venv, and install what the tests on Azure Blob need
+
+python:
 	bash .ci/setup
 
-demo: setup       ## demo model, a real job over the demo prompts, a summary
+azurite:
+	bash .ci/setup-azurite
+
+demo: python      ## demo model, a real job over the demo prompts, a summary
 	.venv/bin/tokenmill demo --output demo
 	.venv/bin/tokenmill verify demo/completions
 

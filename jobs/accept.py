@@ -65,7 +65,12 @@ class Accepted:
 
 
 def accept(job: JobSpec) -> Accepted:
-    """Check everything that can be checked before an engine starts. Raises JobError."""
+    """Check everything that can be checked before an engine starts. Raises JobError.
+
+    From here on this process, and the workers that it starts, reach storage as the job says.
+    """
+    storage.use(job.storage)
+    storage.commit_as(job.output.commit)
     out_uri = storage.absolute(job.output.uri)
     storage.check_can_create(out_uri)
     for uri in map(storage.absolute, job.input.uris):
@@ -100,6 +105,8 @@ def accept(job: JobSpec) -> Accepted:
             + "\n  ".join(differences)
             + "\nRun the old job again to finish it, or give this one another output."
         )
+    if stored is not None and stored.spec.output.commit == "overwrite" and job.output.commit != "overwrite":
+        raise JobError(f"output.commit: {out_uri} was begun with overwrite, and its parts may be; say so again, or choose another output")
     done = committed_units(out_uri, record.fingerprint)
     if stored is None and storage.exists(storage.join(out_uri, layout.SUCCESS)):
         raise JobError(

@@ -54,6 +54,7 @@ def finish(accepted: Accepted) -> list[UnitReport]:
         b"tokenmill.fingerprint": accepted.record.fingerprint.encode(),
         b"tokenmill.decides": json.dumps(accepted.record.decides).encode(),
         b"tokenmill.version": accepted.record.tool_version.encode(),
+        b"tokenmill.commit": storage.check_can_create(accepted.out_uri).encode(),
     }
     table = manifest_table(parts, metadata)
     storage.sweep_temporaries(accepted.out_uri)

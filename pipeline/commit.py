@@ -97,8 +97,8 @@ def commit(uri: str, data: memoryview | bytes, report: UnitReport) -> Outcome:
     try:
         storage.create_once(uri, bytes(data))
         return "created"
-    except FileExistsError:
-        pass
+    except FileExistsError as error:
+        refused = error
     except Exception as error:  # of whatever SDK: refused for good, or created and the acknowledgement lost; the store knows
         refused = error
     try:

@@ -1,10 +1,21 @@
 """A URI in; list, read, create-once, replace and probe out. Knows fsspec, not what the bytes mean.
 
 Create-once (put-if-absent) is what every commit stands on: of any number of writers of one name exactly one wins, whole.
+How each store does it:
+
+local           a temporary file beside the object, fsync, os.link to its name, fsync of the folder
+memory          a lock of this module
+az, abfss       If-None-Match: * on one Put Blob (up to 64 MiB, the SDK's limit), above that on Put Block List, whose blocks
+                have random names, so that the blocks of two writers do not mix
+s3, gs          what s3fs and gcsfs offer: If-None-Match: *, and ifGenerationMatch=0
+any other       refused; or, where output.commit says overwrite, a look whether the name is free and then a write: of two
+                writers at the same moment the last one wins
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import io
 import os
@@ -15,25 +26,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from typing import BinaryIO
+from typing import Concatenate
 from typing import ParamSpec
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
 
+from pipeline import credentials
+from pipeline.credentials import use as use
 from schemas.errors import JobError
 from schemas.errors import TokenmillError
+from schemas.storage import Commit
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
 _LOCAL = ("file", "local")
 _BLOB = ("az", "abfs", "abfss")
+_NATIVE = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+"""Stores whose fsspec package creates under a condition, and that package."""
+_SDKS = ("azure.", "aiohttp.", "msal", "botocore.", "aiobotocore.", "gcsfs.", "google.")
 _GLOB_CHARACTERS = frozenset("*?[")
 _DATA_SUFFIXES = (".parquet", ".pq")
 _TEMPORARIES = (".tmp-*", "_tokenmill/.tmp-*")
-_REMOTE_BLOCK_BYTES = 4 << 20
-"""Of read-ahead; adlfs's own 50 MiB, for each column of each unit in flight, would fill the memory."""
+_READ_AHEAD_BYTES = 1 << 20
+"""Of each remote file that is open. Parquet columns are read in pieces of this size (see read.py), each one request."""
+_COMMIT = "TOKENMILL_COMMIT"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _memory_lock = threading.Lock()
 
 
@@ -68,11 +88,18 @@ def join(uri: str, *names: str) -> str:
 def _open(uri: str) -> tuple[Any, str]:
     """The filesystem and the path in it. Listings are never cached: another worker may have written since."""
     scheme = scheme_of(uri)
+    if scheme not in _LOCAL and {".", ".."} & set(uri.split("://", 1)[1].split("/")):
+        raise JobError(f"{uri}: '.' and '..' are plain names to some stores and steps to others; write the path out")
+    if scheme in _BLOB:
+        from pipeline.azure_blob import filesystem  # a second of imports
+
+        return filesystem(uri, credentials.current())
     try:
         options: dict[str, Any] = {} if scheme in (*_LOCAL, "memory") else {"use_listings_cache": False}
         fs, path = url_to_fs(uri, **options)
     except (ImportError, ValueError) as error:
-        raise JobError(f"{uri}: cannot open this kind of storage ({error}); use a path, az://, abfss:// or memory://") from None
+        how = f"pip install {_NATIVE[scheme]}" if scheme in _NATIVE else "use a path, az://, abfss:// or memory://"
+        raise JobError(f"{uri}: cannot open this kind of storage ({error}); {how}") from None
     return fs, path
 
 
@@ -89,6 +116,8 @@ def _named(fs: Any, path: str, like: str) -> str:
 
 def _info(fs: Any, details: dict[str, Any], like: str) -> ObjectInfo:
     path = str(details["name"])
+    if details["type"] == "directory":
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), _named(fs, path, like))
     if scheme_of(like) in _LOCAL:
         stat = os.stat(path)
         return ObjectInfo(uri=path, size_bytes=stat.st_size, version=f"{stat.st_size}-{stat.st_mtime_ns}")
@@ -98,34 +127,47 @@ def _info(fs: Any, details: dict[str, Any], like: str) -> ObjectInfo:
     return ObjectInfo(uri=_named(fs, path, like), size_bytes=int(details["size"]), version=str(version).strip('"'))
 
 
-def _os_errors(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
-    """Stores' SDKs raise what they like; at this border it becomes OSError, so that callers can tell it from our own mistakes."""
+def _os_errors(call: Callable[Concatenate[str, Given], Answer]) -> Callable[Concatenate[str, Given], Answer]:
+    """Stores' SDKs raise what they like; at this border it becomes OSError, so that callers can tell it from our own mistakes.
+
+    It has a number, as every error of a store and none of Arrow's has. What the SDK said is quoted without secrets, and its
+    own exception, which may carry a signed URL, is left behind.
+    """
 
     @functools.wraps(call)
-    def guarded(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+    def guarded(uri: str, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
         try:
-            return call(*args, **kwargs)
+            return call(uri, *args, **kwargs)
         except (OSError, TokenmillError):
             raise
         except Exception as error:
-            if not type(error).__module__.startswith(("azure.", "aiohttp.", "msal")):
+            if not type(error).__module__.startswith(_SDKS):
                 raise
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise _as_os_error(error, uri) from None
 
     return guarded
 
 
+def _as_os_error(error: Exception, uri: str) -> OSError:
+    if scheme_of(uri) in _BLOB:
+        from pipeline.azure_blob import as_os_error
+
+        return as_os_error(error, uri, credentials.current())
+    return OSError(errno.EIO, f"{type(error).__name__}: {error}", uri)
+
+
 @_os_errors
 def info(uri: str) -> ObjectInfo:
-    """One object. Raises FileNotFoundError."""
+    """One object. Raises FileNotFoundError, or IsADirectoryError where objects lie below that name and none has it."""
     fs, path = _open(uri)
     return _info(fs, fs.info(path), uri)
 
 
 def exists(uri: str) -> bool:
+    """Whether there is an object of that name; a folder is none."""
     try:
         info(uri)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return False
     return True
 
@@ -143,7 +185,7 @@ def list_objects(uri: str) -> list[ObjectInfo]:
         kept = [details for details in found if _is_file(details, uri) and not _hidden(details["name"], below=root)]
         if not kept:
             raise JobError(f"input.uri: no file matches {uri}; check the path, or quote the glob if a shell expanded it")
-    elif fs.isdir(path):
+    elif _is_folder(fs, path, uri):
         found = fs.find(path, detail=True).values()
         kept = [d for d in found if _is_file(d, uri) and not _hidden(d["name"], below=path) and d["name"].endswith(_DATA_SUFFIXES)]
         if not kept:
@@ -154,6 +196,18 @@ def list_objects(uri: str) -> list[ObjectInfo]:
         except (FileNotFoundError, NotADirectoryError):
             raise JobError(f"input.uri: there is no {uri}") from None
     return sorted((_info(fs, details, uri) for details in kept), key=lambda item: item.uri)
+
+
+def _is_folder(fs: Any, path: str, uri: str) -> bool:
+    """fsspec's own isdir takes whatever went wrong for a no."""
+    if scheme_of(uri) in _LOCAL:
+        return os.path.isdir(path)
+    if "/" not in path:  # a container; asking for its properties needs rights that a container's SAS never has
+        return True
+    try:
+        return bool(fs.info(path)["type"] == "directory")
+    except FileNotFoundError:
+        return False
 
 
 def _is_file(details: dict[str, Any], like: str) -> bool:
@@ -168,7 +222,10 @@ def _hidden(path: str, below: str) -> bool:
 
 @_os_errors
 def list_names(uri: str) -> dict[str, int]:
-    """Names and sizes in bytes of the files directly in a folder; empty where the folder is not there."""
+    """Names and sizes in bytes of the files directly in a folder; empty where the folder is not there.
+
+    Raises FileNotFoundError where an Azure container is not there: that is no empty folder.
+    """
     fs, path = _open(uri)
     try:
         found = fs.ls(path, detail=True)
@@ -193,15 +250,71 @@ def open_read(uri: str) -> BinaryIO:
         return open(path, "rb")
     if scheme_of(uri) == "memory":
         return io.BytesIO(fs.cat_file(path))  # its files share one position among all readers
-    opened: BinaryIO = fs.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES)
-    return opened
+    size_bytes = _info(fs, fs.info(path), uri).size_bytes
+    return io.BufferedReader(_Remote(uri, size_bytes), _READ_AHEAD_BYTES)
 
 
-def check_can_create(uri: str) -> None:
-    """Raises JobError for a kind of storage whose put-if-absent is not known. Touches nothing."""
+class _Remote(io.RawIOBase):
+    """A remote object as a file: each read is one ranged request, with the credential of its moment."""
+
+    def __init__(self, uri: str, size_bytes: int) -> None:
+        super().__init__()
+        self._uri, self._size_bytes, self._position = uri, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size_bytes}[whence]
+        if base + offset < 0:
+            raise ValueError(f"{self._uri}: position {base + offset} lies before the object")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        stop = min(self._position + len(view), self._size_bytes)
+        if stop <= self._position:
+            return 0
+        data = _read_range(self._uri, self._position, stop)
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@_os_errors
+def _read_range(uri: str, start: int, stop: int) -> bytes:
+    fs, path = _open(uri)
+    data: bytes = fs.cat_file(path, start=start, end=stop)
+    if len(data) != stop - start:
+        raise OSError(errno.EIO, f"bytes [{start}, {stop}) asked for, {len(data)} bytes came; was the object cut short just now?", uri)
+    return data
+
+
+def commit_as(commit: Commit) -> None:
+    """What a job says under output.commit, for this process and those that it starts from now on."""
+    if commit == "overwrite":
+        os.environ[_COMMIT] = commit
+    else:
+        os.environ.pop(_COMMIT, None)
+
+
+def check_can_create(uri: str) -> Commit:
+    """How objects are created there. Raises JobError where no way is known that is safe and allowed. Touches nothing."""
     scheme = scheme_of(uri)
-    if scheme not in (*_LOCAL, *_BLOB, "memory"):
-        raise JobError(f"output.uri: no put-if-absent is known for {scheme}:// ({uri}); use a path, az:// or abfss://")
+    if scheme in _BLOB or scheme == "memory":
+        return "put_if_absent"  # no reason to do with less
+    if os.environ.get(_COMMIT) == "overwrite":
+        return "overwrite"
+    if scheme not in (*_LOCAL, *_NATIVE):
+        raise JobError(
+            f"output.uri: no put-if-absent is known for {scheme}:// ({uri}), so two writers of one part could both win; use a path, az://, "
+            "abfss://, s3:// or gs://, or accept that with output.commit: overwrite"
+        )
+    return "put_if_absent"
 
 
 @_os_errors
@@ -210,8 +323,12 @@ def create_once(uri: str, data: bytes) -> None:
 
     A FileExistsError may also hide a create of our own whose acknowledgement was lost: compare what is there.
     """
-    check_can_create(uri)
     scheme = scheme_of(uri)
+    if check_can_create(uri) == "overwrite":
+        if exists(uri):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), uri)
+        replace(uri, data)
+        return
     fs, path = _open(uri)
     if scheme in _LOCAL:
         _create_local(Path(path), data)
@@ -221,7 +338,19 @@ def create_once(uri: str, data: bytes) -> None:
                 raise FileExistsError(uri)
             fs.pipe_file(path, data)
     else:
-        fs.pipe_file(path, data, mode="create")  # If-None-Match: *
+        _create_remote(fs, path, data, uri)
+
+
+def _create_remote(fs: Any, path: str, data: bytes, uri: str) -> None:
+    """Under a condition that the store checks. Of fsspec's two ways, open("xb") also publishes what an exception cut short."""
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError as error:
+        cause = error.__context__
+        if getattr(cause, "error_code", None) in (None, "BlobAlreadyExists"):
+            raise
+        assert isinstance(cause, Exception)
+        raise _as_os_error(cause, uri) from None  # the SDK says "exists" of a container that is being deleted, too
 
 
 def _create_local(path: Path, data: bytes) -> None:
@@ -247,7 +376,14 @@ def _link_new(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)  # atomic, and fails where the name exists
+        try:
+            os.link(temporary, path)  # atomic, and fails where the name exists
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise OSError(
+                error.errno, f"{path.parent} has no hard links, which put-if-absent needs; use another folder, or output.commit: overwrite"
+            ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -289,18 +425,24 @@ def sweep_temporaries(uri: str) -> None:
 
 def probe(uri: str) -> None:
     """Prove that this folder takes writes and that creating a name twice fails the second time. Raises JobError."""
-    name = join(uri, "_tokenmill", f".probe-{uuid.uuid4().hex}")
+    name, first = join(uri, "_tokenmill", f".probe-{uuid.uuid4().hex}"), uuid.uuid4().bytes
     try:
-        create_once(name, b"first")
-    except JobError:
-        raise
-    except Exception as error:
-        raise JobError(f"output.uri: cannot write to {uri}: {type(error).__name__}: {error}") from error
-    try:
-        create_once(name, b"second")
-    except FileExistsError:
-        pass
-    else:
-        raise JobError(f"output.uri: {uri} lets a second writer overwrite a first one's object; no row would be safe there")
+        with contextlib.suppress(FileExistsError):  # ours, whose acknowledgement was lost; what is there will tell
+            create_once(name, first)
+        survived = read_bytes(name) == first
+        second_failed = False
+        try:
+            create_once(name, b"second")
+        except FileExistsError:
+            second_failed = True
+        survived = survived and read_bytes(name) == first
+    except OSError as error:
+        raise JobError(f"output.uri: cannot write to {uri}: {error}") from error
     finally:
-        remove(name)
+        with contextlib.suppress(OSError):  # a hidden file of 16 bytes, where nothing may be deleted
+            remove(name)
+    if not (second_failed and survived):
+        raise JobError(
+            f"output.uri: {uri} lets a second writer overwrite a first one's object; no row would be safe there. Choose another store, "
+            "or accept that with output.commit: overwrite"
+        )

@@ -22,6 +22,8 @@ from tokenizers import processors
 
 from schemas.job import JobSpec
 from schemas.job import parse_job
+from tests.azurite import azurite as azurite
+from tests.azurite import container as container
 
 TINY_MAX_LEN = 512
 _SPECIALS = ["<s>", "</s>", "<|user|>", "<|system|>", "<|assistant|>"]
