@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from schemas.errors import JobError
 from schemas.errors import TokenmillError
 from schemas.job import JobSpec
 from schemas.job import parse_job
+from schemas.storage import looks_secret
 
 
 class _Group(click.Group):
@@ -62,7 +65,11 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--temperature", type=float, help="0 is greedy, and the default."),
             click.option("--engine", type=click.Choice(["vllm", "simulated"]), help="What generates."),
             click.option("--profile", help="Hardware profile ('auto')."),
-            click.option("--cluster", type=click.Choice(["local", "inline"]), help="Who runs the engines."),
+            click.option("--cluster", type=click.Choice(["local", "inline", "address"]), help="Who runs the engines."),
+            click.option("--scheduler", help="With --cluster address: the scheduler, as in tls://10.0.0.4:8786."),
+            click.option("--rendezvous", help="Instead of --scheduler: the folder or URI where it publishes its address."),
+            click.option("--keys", help="With --cluster address: the folder that `tokenmill keys` made."),
+            click.option("--insecure", is_flag=True, default=None, help="With --cluster address: no TLS; see README, Security."),
             click.option("--replicas", type=int, help="Engine replicas; by default what the profile finds good."),
             click.option(
                 "--set",
@@ -91,6 +98,10 @@ _FLAGS = {
     "profile": "engine.profile",
     "cluster": "cluster.kind",
     "replicas": "cluster.replicas",
+    "scheduler": "cluster.address",
+    "rendezvous": "cluster.rendezvous",
+    "keys": "cluster.keys",
+    "insecure": "cluster.insecure",
 }
 
 
@@ -111,7 +122,37 @@ def build_job(job_file: str | None, flags: dict[str, Any]) -> JobSpec:
         if flags["prompt"] is not None:
             raise JobError("--prompt and --messages: give one of them")
         _put(data, "input.prompt", {"messages": flags["messages"]})
-    for setting in flags["settings"]:
+    _put_settings(data, flags["settings"])
+    try:
+        return parse_job(data)
+    except JobError as error:
+        raise JobError(f"{job_file}:\n{error}" if job_file else str(error)) from None
+
+
+def _storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """For commands that look at an output and have no job file: how Azure storage is reached."""
+
+    @functools.wraps(command)
+    def with_storage(*args: Any, recipe: tuple[str, ...], **kwargs: Any) -> Any:
+        if recipe:
+            from pipeline import credentials
+
+            data: dict[str, Any] = {}
+            for setting in recipe:
+                field, equals, value = setting.partition("=")
+                if not equals or looks_secret(setting):
+                    raise JobError("--storage: expected FIELD=VALUE, as in credential.env=NAME_OF_A_VARIABLE; secrets have no place there")
+                _put(data, field, value)
+            credentials.use(credentials.parse(data))
+        return command(*args, **kwargs)
+
+    help_text = "A field of the job file's storage section, as in credential.kind=managed_identity; repeatable."
+    return click.option("--storage", "recipe", multiple=True, metavar="FIELD=VALUE", help=help_text)(with_storage)
+
+
+def _put_settings(data: dict[str, Any], settings: Iterable[str]) -> None:
+    """Fields as in --set."""
+    for setting in settings:
         field, equals, value = setting.partition("=")
         if not equals or not field:
             raise JobError(f"--set {setting}: expected FIELD=VALUE, as in sampling.top_p=0.9")
@@ -119,10 +160,6 @@ def build_job(job_file: str | None, flags: dict[str, Any]) -> JobSpec:
             _put(data, field, yaml.safe_load(value))
         except yaml.YAMLError:
             raise JobError(f"--set {setting}: the value is not YAML") from None
-    try:
-        return parse_job(data)
-    except JobError as error:
-        raise JobError(f"{job_file}:\n{error}" if job_file else str(error)) from None
 
 
 def _put(data: dict[str, Any], field: str, value: Any) -> None:
@@ -210,6 +247,7 @@ def plan(job_file: str | None, as_json: bool, **flags: Any) -> None:
 
 @main.command()
 @click.argument("output")
+@_storage_option
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
 def verify(output: str, as_json: bool) -> None:
     """Prove that OUTPUT has every input row once, in order, with its columns; exit code 0 only then.
@@ -245,6 +283,7 @@ def verify(output: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("output")
+@_storage_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def status(output: str, as_json: bool) -> None:
     """Say how the job that writes to OUTPUT stands, from storage alone.
@@ -277,6 +316,7 @@ def status(output: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("output")
+@_storage_option
 def cancel(output: str) -> None:
     """Ask the job that writes to OUTPUT to drain: units in flight are finished and committed.
 
@@ -294,19 +334,81 @@ def cancel(output: str) -> None:
 
 
 @main.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False))
-def worker(config: str) -> None:
-    """Run one engine replica as told by the JSON file CONFIG; clusters start it.
+@click.argument("job_file", required=False, type=click.Path(dir_okay=False))
+@click.option("--model", help="A folder with a Llama checkpoint, its URI, or 'demo'.")
+@click.option("--engine", type=click.Choice(["vllm", "simulated"]), help="What generates.")
+@click.option("--profile", help="Hardware profile ('auto').")
+@click.option("--scheduler", help="The scheduler to join, as in tls://10.0.0.4:8786.")
+@click.option("--rendezvous", metavar="URI", help="Instead of --scheduler: the folder or URI where it publishes its address.")
+@click.option("--keys", help="The folder that `tokenmill keys` made.")
+@click.option("--insecure", is_flag=True, default=None, help="Allow tcp://: whoever reaches this node's ports may run code on it.")
+@click.option("--replicas", type=click.IntRange(min=1), help="Engine replicas; by default what the profile finds good.")
+@click.option("--name", help="This node's name; by default the machine's.")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Another field, as in engine.options.dtype=float16.")
+def worker(job_file: str | None, replicas: int | None, name: str | None, settings: tuple[str, ...], **flags: Any) -> None:
+    """Run this node's engine replicas for a cluster: they join its scheduler when they are ready, and the next one when that is lost.
 
-    It ends when its standard input closes.
+    What to run comes from a job file, from flags, or both (flags win). SIGTERM and Ctrl-C hand back what is in flight.
+
+    \b
+    Examples:
+      tokenmill worker job.yaml
+      tokenmill worker --model demo --scheduler tls://10.0.0.4:8786 --keys ~/cluster-keys
+      tokenmill worker --model demo --rendezvous az://runs/cluster-a --keys ~/cluster-keys
+    """
+    from jobs.api import load_job_data
+    from jobs.worker_node import parse_node
+    from jobs.worker_node import serve
+
+    data = load_job_data(job_file) if job_file else {}
+    if flags["scheduler"] or flags["rendezvous"]:  # the file's cluster, if it has one, is another
+        data["cluster"] = {"kind": "address"}
+    for flag, value in flags.items():
+        if value is not None:
+            _put(data, _FLAGS[flag], value)
+    _put_settings(data, settings)
+    raise click.exceptions.Exit(serve(parse_node(data, name=name, replicas=replicas), click.echo))
+
+
+@main.command()
+@click.argument("folder")
+@click.option("--days", type=click.IntRange(min=1), default=30, show_default=True, help="How long they are good for.")
+def keys(folder: str, days: int) -> None:
+    """Make the keys of a cluster in FOLDER: a private CA's certificate, and one certificate and key for all its nodes.
+
+    Copy the folder to every node. Whoever has node.key may run code on all of them; never put it beside results.
 
     \b
     Example:
-      tokenmill worker /run/tokenmill/replica-0.json
+      tokenmill keys ~/cluster-keys --days 90
     """
-    from pipeline.worker import main as run_worker
+    from pipeline.tls import make_keys
 
-    raise click.exceptions.Exit(run_worker(config))
+    made = make_keys(folder, valid_days=days)
+    click.echo(f"keys in {made.folder}, good until {made.expires_at:%Y-%m-%d %H:%M} UTC; whoever has node.key may run code on every node")
+
+
+@main.command()
+@_storage_option
+@click.option("--listen", default="tls://0.0.0.0:8786", show_default=True, help="Where workers and drivers connect.")
+@click.option("--keys", help="The folder that `tokenmill keys` made.")
+@click.option("--insecure", is_flag=True, help="Allow tcp://: whoever reaches it may run code on every node.")
+@click.option("--rendezvous", metavar="URI", help="A folder or URI in which to publish the address.")
+@click.option("--dashboard", default="127.0.0.1:8787", show_default=True, help="Loopback address of Dask's pages, or none.")
+def scheduler(listen: str, keys: str | None, insecure: bool, rendezvous: str | None, dashboard: str) -> None:
+    """Run a scheduler that `tokenmill worker` joins and jobs with cluster.kind: address use. Ends on SIGTERM.
+
+    \b
+    Examples:
+      tokenmill scheduler --keys ~/cluster-keys
+      tokenmill scheduler --keys ~/cluster-keys --rendezvous az://runs/cluster-a
+    """
+    from jobs.scheduler import SchedulerSpec
+    from jobs.scheduler import serve
+
+    shown = None if dashboard == "none" else dashboard
+    spec = SchedulerSpec(listen=listen, keys=keys, insecure=insecure, rendezvous=rendezvous, dashboard=shown)
+    raise click.exceptions.Exit(serve(spec, click.echo))
 
 
 @main.command()

@@ -45,6 +45,7 @@ _UNITS_AT_ONCE = 24
 """In flight on one replica at most; how many the driver sends depends on its job's rows."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TELL_S = 0.5
+_NO_CLUSTER = "a worker needs --scheduler or --rendezvous, or a job file whose cluster is kind: address"
 
 
 class NodeJob(Frozen):
@@ -71,13 +72,15 @@ class NodeSpec:
         if not _NAME.fullmatch(self.name):
             raise JobError(f"--name: found {self.name!r}, expected letters, digits, dots, underscores and hyphens")
         if self.job.cluster.kind != "address":
-            raise JobError("a worker needs --scheduler or --rendezvous, or a job file whose cluster is kind: address")
+            raise JobError(_NO_CLUSTER)
 
 
 def parse_node(data: Mapping[str, Any], *, name: str | None, replicas: int | None) -> NodeSpec:
     """A job file's fields, of which other sections do not matter here. Raises JobError."""
     if not data.get("model"):
         raise JobError("give a job file, or --model; see `tokenmill worker --help`")
+    if "cluster" not in data:
+        raise JobError(_NO_CLUSTER)
     try:
         job = NodeJob.model_validate({field: data[field] for field in NodeJob.model_fields if field in data})
     except ValidationError as error:

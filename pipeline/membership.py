@@ -101,7 +101,10 @@ async def _join(config: WorkerConfig, replica: Replica, registration: dict[str, 
         worker.replica = replica
         await worker
     except (OSError, RuntimeError, JobError) as error:  # Dask wraps what went wrong
-        say(f"waiting for a scheduler: {root_cause(error)}")
+        why = root_cause(error)
+        if "name taken" in why:
+            why = f"it knows a {config.name} already: this one, not yet given up, or another node of the same name, which needs --name"
+        say(f"waiting for a scheduler: {why}")
         return None
     return worker
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ class Replica:
     def __init__(self, *, name: str, model: Model, kind: str, options: dict[str, Any], flight_path: Path | None = None) -> None:
         """Loads tokenizer and engine. Raises JobError or EngineStartError."""
         self.name = name
+        self._model, self._kind = model, kind
         self.tokenizer = load_tokenizer(model.path)
         self.engine = ContinuousEngine(_core_maker(model, kind, options), flight_path=flight_path)
         self._tools: dict[str, Tools] = {}
@@ -84,17 +86,32 @@ class Replica:
             raise UnitError(
                 f"{out_uri} holds job {record.fingerprint[:8]}, but the driver asks for {fingerprint[:8]}; is another job at work there?"
             )
+        if wrong := wrong_replica(record.decides, self._model, self._kind):
+            raise UnitError(f"replica {self.name} is not the one that this job needs: {wrong}; start it with the job's file or model")
         job, info = record.spec, self.engine.info
+        storage.commit_as(job.output.commit)
         provenance = {
             "fingerprint": fingerprint,
             "tool_version": record.tool_version,
             **{key: record.decides[key] for key in ("weights", "tokenizer", "chat_template", "sampling", "prompt")},
             "model": job.model,
+            "commit": storage.check_can_create(out_uri),
             "engine": asdict(info),
             "worker": self.name,
         }
         renderer = Renderer(self.tokenizer, job, max_model_len=info.max_model_len, seed_base=fingerprint)
         return Tools(record=record, job=job, engine=self.engine, renderer=renderer, worker=self.name, provenance=provenance)
+
+
+def wrong_replica(decides: Mapping[str, Any], model: Model, kind: str) -> str | None:
+    """Why rows of a job, of which this decides the output, must not run on a model and an engine; None where they may."""
+    found = {"weights": model.weights_digest, "tokenizer": model.tokenizer_digest, "chat_template": model.template_digest}
+    for what, digest in found.items():
+        if decides[what] != digest:
+            return f"it holds {model.path}, whose {what} has digest {digest[:8] or 'none'}, expected {decides[what][:8] or 'none'}"
+    if decides["engine"]["kind"] != kind:
+        return f"it runs engine {kind}, expected {decides['engine']['kind']}"
+    return None
 
 
 def _core_maker(model: Model, kind: str, options: dict[str, Any]) -> Callable[[], Core]:

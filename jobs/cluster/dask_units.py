@@ -22,8 +22,8 @@ from schemas.errors import ReplicaLost
 from schemas.unit import WorkUnit
 
 _COUNTERS = frozenset(field.name for field in fields(ReplicaState)) - {"name"}
-_FETCH_S = 60.0
-"""For a result of under a KiB to come from its replica."""
+_FETCH_S = 20.0
+"""For a result of under a KiB to come from its replica. All results of a process come through one thread of Dask's."""
 
 
 def replica_states(workers: Mapping[str, Mapping[str, Any]]) -> list[ReplicaState]:

@@ -30,7 +30,10 @@ from schemas.job import parse_job
 WriteTable = Callable[..., Path]
 WriteJob = Callable[..., Path]
 
-_FLAGS = "name model prompt messages system chat output_uri prefix max_tokens temperature engine profile cluster replicas"
+_FLAGS = (
+    "name model prompt messages system chat output_uri prefix max_tokens temperature engine profile cluster replicas "
+    "scheduler rendezvous keys insecure"
+)
 _NO_FLAGS: dict[str, Any] = {**dict.fromkeys(_FLAGS.split()), "input_uri": (), "settings": ()}
 
 

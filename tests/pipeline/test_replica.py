@@ -1,0 +1,71 @@
+"""A replica runs units of jobs on its own model only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.accept import Accepted
+from jobs.accept import accept
+from jobs.accept import store
+from pipeline.model import Model
+from pipeline.model import resolve_model
+from pipeline.replica import Replica
+from pipeline.replica import wrong_replica
+from schemas.errors import UnitError
+from schemas.job import JobSpec
+from tests.conftest import build_tiny_model
+
+_OPTIONS = {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}
+
+
+@pytest.fixture
+def accepted(write_table: Callable[..., Path], make_job: Callable[..., JobSpec]) -> Accepted:
+    write_table([{"prompt": "one"}, {"prompt": "two"}])
+    return store(accept(make_job()))
+
+
+@pytest.fixture
+def make_replica() -> Iterator[Callable[[Model], Replica]]:
+    made: list[Replica] = []
+
+    def make(model: Model) -> Replica:
+        made.append(Replica(name="node-0", model=model, kind="simulated", options=_OPTIONS))
+        return made[-1]
+
+    yield make
+    for replica in made:
+        replica.close()
+
+
+def test_the_jobs_own_model_is_right(accepted: Accepted) -> None:
+    assert wrong_replica(accepted.record.decides, accepted.model, "simulated") is None
+
+
+@pytest.mark.parametrize("field", ["weights_digest", "tokenizer_digest", "template_digest"])
+def test_any_other_digest_is_wrong(accepted: Accepted, field: str) -> None:
+    other = replace(accepted.model, **{field: "0123456789abcdef"})
+    found = wrong_replica(accepted.record.decides, other, "simulated")
+    assert found is not None
+    assert "has digest 01234567, expected " in found
+    assert accepted.model.path in found
+
+
+def test_another_engine_is_wrong(accepted: Accepted) -> None:
+    assert wrong_replica(accepted.record.decides, accepted.model, "vllm") == "it runs engine vllm, expected simulated"
+
+
+def test_a_unit_of_a_job_on_another_model_is_refused_and_nothing_is_committed(
+    accepted: Accepted, make_replica: Callable[[Model], Replica], tmp_path: Path
+) -> None:
+    other = make_replica(resolve_model(str(build_tiny_model(tmp_path / "other", template=False))))
+    unit = accepted.todo[0].to_dict()
+    with pytest.raises(UnitError, match=r"replica node-0 is not the one that this job needs: it holds .*; start it with the job's file"):
+        other.run(accepted.out_uri, accepted.record.fingerprint, unit)
+    assert list(Path(accepted.out_uri).glob("part-*")) == []
+    right = make_replica(accepted.model)
+    assert right.run(accepted.out_uri, accepted.record.fingerprint, unit)["outcome"] == "created"
