@@ -220,7 +220,8 @@ class Driver:
             self.drain()
         if self._drain.is_set() and progress.state in ("starting", "running"):
             progress.state = "draining"
-        while self._later and self._later[0][0] <= now and not self._drain.is_set():
+        # Not while nobody is there: what is sent into the void comes back as lost, and a unit may be lost only so often.
+        while self._later and self._later[0][0] <= now and progress.replicas and not self._drain.is_set():
             _, _, unit = heapq.heappop(self._later)
             self._fly(unit)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,15 +38,38 @@ class Replica:
         self.tokenizer = load_tokenizer(model.path)
         self.engine = ContinuousEngine(_core_maker(model, kind, options), flight_path=flight_path)
         self._tools: dict[str, Tools] = {}
+        self._making = threading.Lock()
+        self._running: dict[str, Future[dict[str, Any]]] = {}
         self._lock = threading.Lock()
         self._active = 0
         self._changed = threading.Condition()
 
     def run(self, out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[str, Any]:
-        """Run one unit; its report as plain data, under a KiB, with the commit's outcome."""
-        with self._counted():
-            report, outcome = run_unit(WorkUnit.from_dict(unit), out_uri, self._tools_for(out_uri, fingerprint))
-            return {"report": asdict(report), "outcome": outcome}
+        """Run one unit; its report as plain data, under a KiB, with the commit's outcome.
+
+        Asked again for a unit that is still in flight here (a scheduler was lost, the next one sends it anew), it waits for that one.
+        """
+        wanted = WorkUnit.from_dict(unit)
+        tag = unit_tag(out_uri, fingerprint, wanted.index)
+        with self._lock:
+            running, first = self._running.get(tag), tag not in self._running
+            if running is None:
+                running = self._running[tag] = Future()
+        if not first:
+            return running.result()
+        try:
+            with self._counted():
+                report, outcome = run_unit(wanted, out_uri, self._tools_for(out_uri, fingerprint))
+            result = {"report": asdict(report), "outcome": outcome}
+        except BaseException as error:
+            running.set_exception(error)
+            raise
+        else:
+            running.set_result(result)
+            return result
+        finally:
+            with self._lock:
+                del self._running[tag]
 
     def evict(self, timeout_s: float) -> None:
         """Take no further row; units in flight save what is finished. Waits for them."""
@@ -57,8 +82,10 @@ class Replica:
             self._changed.wait_for(lambda: not self._active, timeout_s)
 
     def status(self) -> dict[str, Any]:
-        """Counters, and how many rows it may hold."""
-        return {**asdict(self.engine.counters()), "window_rows": self.engine.window_rows}
+        """Counters, how many rows it may hold, and the units in flight."""
+        with self._lock:
+            units = list(self._running)
+        return {**asdict(self.engine.counters()), "window_rows": self.engine.window_rows, "units": units}
 
     def close(self) -> None:
         self.engine.close()
@@ -75,7 +102,7 @@ class Replica:
                 self._changed.notify_all()
 
     def _tools_for(self, out_uri: str, fingerprint: str) -> Tools:
-        with self._lock:
+        with self._making:
             if fingerprint not in self._tools:
                 self._tools = {fingerprint: self._make_tools(out_uri, fingerprint)}  # the newest job only
             return self._tools[fingerprint]
@@ -101,6 +128,11 @@ class Replica:
         }
         renderer = Renderer(self.tokenizer, job, max_model_len=info.max_model_len, seed_base=fingerprint)
         return Tools(record=record, job=job, engine=self.engine, renderer=renderer, worker=self.name, provenance=provenance)
+
+
+def unit_tag(out_uri: str, fingerprint: str, unit: int) -> str:
+    """Names a unit among all that a replica may hold; the same job may write to two places."""
+    return f"{hashlib.sha256(f'{out_uri} {fingerprint}'.encode()).hexdigest()[:16]}-{unit}"
 
 
 def wrong_replica(decides: Mapping[str, Any], model: Model, kind: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ from jobs.cluster.dask_units import replica_states
 from pipeline import rendezvous
 from pipeline import tls
 from pipeline.model import Model
+from pipeline.replica import unit_tag
 from pipeline.versions import PACKAGES
 from pipeline.versions import differences
 from pipeline.versions import from_dask
 from pipeline.versions import versions
 from pipeline.worker import DASK_CONFIG
 from pipeline.worker import registration
+from pipeline.worker import replica_metrics
 from schemas.address import check_address
 from schemas.errors import JobError
 from schemas.errors import ReplicaLost
@@ -44,6 +47,8 @@ _CONNECT_S = 10.0
 _ANSWER_S = 10.0
 _CLOSE_S = 2.0
 _POLL_S = 1.0
+_RETURN_S = 20.0
+"""For replicas of a lost scheduler to join its successor, before units go to others: those in flight there would be run twice."""
 _MAX_WAIT_S = 15.0
 _NAMED = 5
 
@@ -87,6 +92,11 @@ def changes(before: Sequence[ReplicaState], after: Sequence[ReplicaState]) -> li
     return [f"replica {name} joined" for name in sorted(new - old)] + [f"replica {name} is gone" for name in sorted(old - new)]
 
 
+def holders(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """By unit (see pipeline.replica.unit_tag) the replica in which it is in flight, whoever asked for it."""
+    return {tag: str(info["name"]) for info in workers.values() for tag in replica_metrics(info).get("units", ())}
+
+
 class AddressCluster:
     """A thread of its own holds the connection; the driver sees what is ready now and never waits for a network."""
 
@@ -100,6 +110,9 @@ class AddressCluster:
         self._needs = Needs(versions=versions(), weights_digest=model.weights_digest, tokenizer_digest=model.tokenizer_digest, engine=kind)
         self._units: DaskUnits | None = None
         self._replicas: list[ReplicaState] = []
+        self._holders: dict[str, str] = {}
+        self._missing: frozenset[str] = frozenset()
+        self._wait_until = 0.0
         self._start_s: dict[str, float] = {}
         self._refusal: BaseException | None = None
         self._notes: list[str] = []
@@ -128,7 +141,8 @@ class AddressCluster:
         if units is None:
             done(ReplicaLost("there is no scheduler at the moment"))
         else:
-            units.submit(out_uri, fingerprint, unit, attempt, done, on)
+            # What a replica still has in flight from an earlier scheduler or driver it need not begin again.
+            units.submit(out_uri, fingerprint, unit, attempt, done, on or self._holders.get(unit_tag(out_uri, fingerprint, unit.index)))
 
     def notes(self) -> list[str]:
         with self._lock:
@@ -205,7 +219,8 @@ class AddressCluster:
                 flying = units.num_flying
                 self._say_once(f"lost the scheduler at {address}" + (f"; {flying} units in flight will be run again" if flying else ""))
         finally:
-            self._units, self._replicas = None, []
+            self._missing = frozenset(state.name for state in self._replicas) or self._missing
+            self._units, self._replicas, self._holders = None, [], {}
             units.lose_all(f"the scheduler at {address} went away")
             with contextlib.suppress(Exception):  # it is of no use any more, however it ends
                 client.close(timeout=_CLOSE_S)
@@ -214,6 +229,7 @@ class AddressCluster:
         identity = _identity(client)
         scheduler, me = _versions(client), identity["id"]
         self._say_once(f"connected to the scheduler at {address}")
+        self._wait_until = time.monotonic() + _RETURN_S
         # Dask's client may come back by itself to another scheduler at the same address, which has forgotten everything.
         while not self._closing.is_set() and client.status == "running" and identity["id"] == me:
             self._take(identity["workers"], scheduler)
@@ -227,6 +243,10 @@ class AddressCluster:
         if problems:
             raise JobError("this cluster cannot run the job:\n  " + "\n  ".join(problems))
         replicas = replica_states(workers)
+        self._missing -= {state.name for state in replicas}
+        if self._missing and time.monotonic() < self._wait_until:
+            return
+        self._holders = holders(workers)
         for note in changes(self._replicas, replicas):
             self._note(note)
         if not replicas:

@@ -18,6 +18,7 @@ import yaml
 
 from jobs.cluster.address import Needs
 from jobs.cluster.address import changes
+from jobs.cluster.address import holders
 from jobs.cluster.address import objections
 from jobs.cluster.cluster import ReplicaState
 from jobs.verify import verify
@@ -81,6 +82,15 @@ def test_who_comes_and_goes_is_said() -> None:
     after = [ReplicaState(name=name, window_rows=8) for name in ("a-1", "b-0")]
     assert changes(before, after) == ["replica b-0 joined", "replica a-0 is gone"]
     assert changes(after, [replace(state, rows=5) for state in after]) == []
+
+
+def test_a_unit_in_flight_is_found_with_the_replica_that_has_it() -> None:
+    workers = {
+        "tls://a:1": {"name": "a-0", "metrics": {METRICS_KEY: {"units": ["x-1", "x-2"]}}},
+        "tls://b:1": {"name": "b-0", "metrics": {METRICS_KEY: {"units": ["x-3"]}}},
+        "tls://c:1": {"name": "c-0", "metrics": {}},
+    }
+    assert holders(workers) == {"x-1": "a-0", "x-2": "a-0", "x-3": "b-0"}
 
 
 _SIMULATED = {"decode_tokens_per_s": 200, "prefill_tokens_per_s": 1e6, "max_num_seqs": 5, "lengths": "max"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from jobs.accept import store
 from pipeline.model import Model
 from pipeline.model import resolve_model
 from pipeline.replica import Replica
+from pipeline.replica import unit_tag
 from pipeline.replica import wrong_replica
 from schemas.errors import UnitError
 from schemas.job import JobSpec
@@ -30,11 +33,11 @@ def accepted(write_table: Callable[..., Path], make_job: Callable[..., JobSpec])
 
 
 @pytest.fixture
-def make_replica() -> Iterator[Callable[[Model], Replica]]:
+def make_replica() -> Iterator[Callable[..., Replica]]:
     made: list[Replica] = []
 
-    def make(model: Model) -> Replica:
-        made.append(Replica(name="node-0", model=model, kind="simulated", options=_OPTIONS))
+    def make(model: Model, **options: float) -> Replica:
+        made.append(Replica(name="node-0", model=model, kind="simulated", options={**_OPTIONS, **options}))
         return made[-1]
 
     yield make
@@ -60,7 +63,7 @@ def test_another_engine_is_wrong(accepted: Accepted) -> None:
 
 
 def test_a_unit_of_a_job_on_another_model_is_refused_and_nothing_is_committed(
-    accepted: Accepted, make_replica: Callable[[Model], Replica], tmp_path: Path
+    accepted: Accepted, make_replica: Callable[..., Replica], tmp_path: Path
 ) -> None:
     other = make_replica(resolve_model(str(build_tiny_model(tmp_path / "other", template=False))))
     unit = accepted.todo[0].to_dict()
@@ -69,3 +72,25 @@ def test_a_unit_of_a_job_on_another_model_is_refused_and_nothing_is_committed(
     assert list(Path(accepted.out_uri).glob("part-*")) == []
     right = make_replica(accepted.model)
     assert right.run(accepted.out_uri, accepted.record.fingerprint, unit)["outcome"] == "created"
+
+
+def test_a_unit_that_is_asked_for_again_while_it_is_in_flight_is_run_once(accepted: Accepted, make_replica: Callable[..., Replica]) -> None:
+    """As after a scheduler was lost: the next one sends the unit anew, to a replica that never stopped."""
+    replica = make_replica(accepted.model, decode_tokens_per_s=10)  # a second and more for the unit
+    unit, fingerprint = accepted.todo[0], accepted.record.fingerprint
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(replica.run, accepted.out_uri, fingerprint, unit.to_dict())
+        while not replica.engine.counters().in_flight:
+            assert not first.done()
+            time.sleep(0.01)
+        assert replica.status()["units"] == [unit_tag(accepted.out_uri, fingerprint, unit.index)]
+        second = replica.run(accepted.out_uri, fingerprint, unit.to_dict())
+    assert second == first.result()
+    assert second["outcome"] == "created"
+    assert replica.status()["units"] == []
+    assert replica.engine.counters().rows == unit.num_rows
+
+
+def test_the_same_job_into_another_place_is_another_unit() -> None:
+    assert unit_tag("a", "f", 1) != unit_tag("b", "f", 1)
+    assert unit_tag("a", "f", 1) != unit_tag("a", "f", 2)
