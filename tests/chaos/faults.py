@@ -1,0 +1,137 @@
+"""Faults at pipeline.storage's border: every call that touches a store, counted by what it is about, failing where it is told to.
+
+A call is named by function, object and how often that function was called for that object before; so the same fault point
+means the same call in every run, whatever the threads do. "before": it fails and nothing happened. "after": it took effect,
+and fails all the same, as where an acknowledgement is lost. "within": a file opens, and its first read fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from typing import Literal
+
+import pytest
+
+from pipeline import storage
+
+When = Literal["before", "after", "within"]
+
+PURE = frozenset({"absolute", "check_can_create", "commit_as", "join", "scheme_of"})
+"""Public functions of storage that touch no store."""
+COMPOSITE = frozenset({"exists", "probe"})
+"""Made of the others, whose calls are counted."""
+_UNIQUE = re.compile(r"[0-9a-f]{32}")
+
+
+class Injected(OSError):
+    """The fault."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Point:
+    """One call of one function, and when in it."""
+
+    function: str
+    name: str
+    """The object's URI without what is unique to a run."""
+    number: int
+    """Of that function's calls for that object, from 1."""
+    when: When
+
+
+def store_calls() -> dict[str, Callable[..., Any]]:
+    """Public functions of pipeline.storage that ask a store, by name."""
+    functions = {
+        name: value
+        for name, value in vars(storage).items()
+        if inspect.isfunction(value) and value.__module__ == storage.__name__ and not name.startswith("_")
+    }
+    return {name: value for name, value in functions.items() if name not in PURE | COMPOSITE}
+
+
+class FaultyStore:
+    """Stands before pipeline.storage. `arm` names the points that fail, each once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._armed: set[Point] = set()
+        self.fired: list[Point] = []
+        self.seen: set[Point] = set()
+        for name, function in store_calls().items():
+            monkeypatch.setattr(storage, name, self._guard(name, function))
+
+    def arm(self, points: Iterable[Point] = ()) -> None:
+        """Forget what was counted; fail at these points from now on."""
+        with self._lock:
+            self._counts.clear()
+            self._armed, self.fired, self.seen = set(points), [], set()
+
+    @property
+    def num_calls(self) -> int:
+        """Since `arm`."""
+        with self._lock:
+            return sum(self._counts.values())
+
+    def _guard(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(uri: str, *args: Any, **kwargs: Any) -> Any:
+            about = _UNIQUE.sub("*", uri)
+            with self._lock:
+                self._counts[name, about] += 1
+                number = self._counts[name, about]
+            if self._fails(name, about, number, "before"):
+                raise self._error(name, about, "before it did anything")
+            result = function(uri, *args, **kwargs)
+            if self._fails(name, about, number, "after"):
+                raise self._error(name, about, "after it took effect")
+            if name == "open_read" and self._fails(name, about, number, "within"):
+                result = _Broken(result, self._error(name, about, "within"))
+            return result
+
+        return guarded
+
+    def _fails(self, function: str, name: str, number: int, when: When) -> bool:
+        point = Point(function=function, name=name, number=number, when=when)
+        with self._lock:
+            self.seen.add(point)
+            if point not in self._armed:
+                return False
+            self._armed.discard(point)
+            self.fired.append(point)
+            return True
+
+    def _error(self, function: str, name: str, when: str) -> Injected:
+        return Injected(errno.EIO, f"injected: {function} failed {when}", name)  # with a number, as storage promises
+
+
+class _Broken:
+    """A file whose next read fails, once."""
+
+    def __init__(self, file: Any, error: OSError) -> None:
+        self._file, self._error = file, error
+
+    def read(self, *args: Any) -> bytes:
+        if self._error is not None:
+            error, self._error = self._error, None  # type: ignore[assignment]
+            raise error
+        data: bytes = self._file.read(*args)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _Broken:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

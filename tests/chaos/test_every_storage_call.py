@@ -1,0 +1,226 @@
+"""Every storage call of a small job fails once before and once after it took effect: one by one, and in pairs.
+
+Whatever fails, a run completes or ends as the project says runs end, and the same run without faults completes: the
+independent checker and `verify` both say so, and no part that was seen has changed.
+
+Pairs are sampled; TOKENMILL_PAIRS=3000 takes so many (or `all`), TOKENMILL_SEED another sample:
+
+    TOKENMILL_PAIRS=1500 .venv/bin/pytest -s -q tests/chaos/test_every_storage_call.py --timeout 7200
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import jobs.driver
+import pipeline.replica
+from jobs.api import run
+from jobs.verify import verify
+from pipeline import storage
+from schemas.errors import TokenmillError
+from schemas.job import JobSpec
+from schemas.job import parse_job
+from tests.chaos.checker import History
+from tests.chaos.checker import check
+from tests.chaos.faults import COMPOSITE
+from tests.chaos.faults import PURE
+from tests.chaos.faults import FaultyStore
+from tests.chaos.faults import Injected
+from tests.chaos.faults import Point
+from tests.chaos.faults import store_calls
+
+_OBJECTS, _ROWS_EACH = 2, 20
+"""Forty rows: three units, one of which reads both objects."""
+_SEED = int(os.environ.get("TOKENMILL_SEED", "20261125"))
+_PAIRS = os.environ.get("TOKENMILL_PAIRS", "40")
+_MAX_FAULTY_RUNS = 3
+_RARE = ("status.json", "control/")
+"""Asked or told by the clock: how often says nothing about the run."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What was done to one store."""
+
+    points: int = 0
+    fired: int = 0
+    runs: int = 0
+    ends: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        ends = ", ".join(f"{count} {end}" for end, count in sorted(self.ends.items()))
+        return f"{self.points} fault points armed, {self.fired} of them struck, in {self.runs} runs: {ends}"
+
+
+class Rig:
+    """One store, one small job, and the faults before it."""
+
+    def __init__(self, root: str, model: Path, store: FaultyStore) -> None:
+        self.root, self.store, self._model = root, store, model
+        self.figures = Figures()
+        self.reset()
+        for number in range(_OBJECTS):
+            ids = range(number * _ROWS_EACH, (number + 1) * _ROWS_EACH)
+            table = pa.table({"id": list(ids), "prompt": [f"question {row}" for row in ids]})
+            with fsspec.open(f"{root}/in/{number}.parquet", "wb", auto_mkdir=True) as file:
+                pq.write_table(table, file)
+
+    @property
+    def input_uri(self) -> str:
+        return f"{self.root}/in"
+
+    @property
+    def out_uri(self) -> str:
+        return f"{self.root}/out"
+
+    def job(self, **input_fields: Any) -> JobSpec:
+        return parse_job(
+            {
+                "model": str(self._model),
+                "input": {"uri": self.input_uri, "prompt": "prompt", **input_fields},
+                "output": {"uri": self.out_uri},
+                "sampling": {"max_tokens": 4},
+                "engine": {"kind": "simulated", "options": {"decode_tokens_per_s": 1e7, "prefill_tokens_per_s": 1e8}},
+                "cluster": {"kind": "inline"},
+            }
+        )
+
+    def reset(self) -> None:
+        """An empty output."""
+        fs, path = fsspec.core.url_to_fs(self.out_uri)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def points(self, job: JobSpec) -> list[Point]:
+        """Every call of a whole run and of a run over a finished output, each way of failing. Sorted, so that a seed means something."""
+        found = set()
+        self.reset()
+        for _ in range(2):
+            self.store.arm()
+            assert self._run(job) == "complete"
+            found |= self.store.seen
+        self._prove()
+        return sorted(point for point in found if not (any(rare in point.name for rare in _RARE) and point.number > 1))
+
+    def strike(self, job: JobSpec, points: Iterable[Point]) -> list[str]:
+        """From an empty output: runs under these faults until one completes, then one without; how the first ones ended."""
+        points = list(points)
+        self.reset()
+        history, ends = History(self.out_uri), []
+        self.store.arm(points)
+        for _ in range(_MAX_FAULTY_RUNS):
+            ends.append(self._run(job))
+            history.look()
+            if ends[-1] == "complete":
+                break
+        fired = len(self.store.fired)
+        self.store.arm()
+        last = self._run(job)
+        history.look()
+        told = f"{[str(point) for point in points]}: {ends}"
+        assert last == "complete", told
+        assert history.fine, f"{told}\n{history.describe()}"
+        self._prove(told)
+        self.figures.points += len(points)
+        self.figures.fired += fired
+        self.figures.runs += len(ends) + 1
+        self.figures.ends.update(ends)
+        return ends
+
+    def _run(self, job: JobSpec) -> str:
+        """How it ended: a state, or an error that the command turns into a message and an exit code."""
+        try:
+            result = run(job, stream=io.StringIO())
+        except (TokenmillError, Injected) as error:
+            return type(error).__name__
+        assert (result.state == "complete") == (result.exit_code == 0)
+        return result.state
+
+    def _prove(self, told: str = "") -> None:
+        found = check(self.input_uri, self.out_uri)
+        assert found.fine, f"{told}\n{found.describe()}"
+        assert found.error_rows == 0, told
+        verdict = verify(self.out_uri)
+        assert (verdict.problems, verdict.complete) == ([], True), told
+
+
+@pytest.fixture(params=["local", "memory"])
+def rig(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """The job on a local folder and on memory://."""
+    monkeypatch.setattr(pipeline.replica, "load_tokenizer", functools.cache(pipeline.replica.load_tokenizer))  # the real one, once
+    monkeypatch.setattr(jobs.driver, "_BACKOFF_S", 0.001)
+    root = str(tmp_path / "store") if request.param == "local" else f"memory://every-call-{os.getpid()}"
+    made = Rig(root, tiny_model, FaultyStore(monkeypatch))
+    yield made
+    if request.param == "memory":
+        fsspec.filesystem("memory").rm(root.removeprefix("memory:/"), recursive=True)
+    else:
+        shutil.rmtree(root)
+
+
+def test_every_public_function_of_storage_is_known_here() -> None:
+    """A new one has to be counted, or named as one that touches no store."""
+    assert set(store_calls()) == {
+        "create_once", "info", "list_names", "list_objects", "open_read", "read_bytes", "remove", "replace", "sweep_temporaries",
+    }  # fmt: skip
+    assert all(callable(getattr(storage, name)) for name in PURE | COMPOSITE)
+
+
+def test_the_same_points_are_seen_in_every_run(rig: Rig) -> None:
+    """Else a point would mean nothing, and pairs could not be sampled by a seed."""
+    assert rig.points(rig.job()) == rig.points(rig.job())
+
+
+def test_a_single_failure_anywhere_costs_no_row(rig: Rig) -> None:
+    job = rig.job()
+    points = rig.points(job)
+    calls = rig.store.num_calls
+    assert {point.function for point in points} >= {
+        "create_once",
+        "info",
+        "list_names",
+        "list_objects",
+        "open_read",
+        "read_bytes",
+        "replace",
+    }
+    for point in points:
+        rig.strike(job, [point])
+    print(f"\n{rig.root.split('://')[0][:6]}: {len(points)} points of {calls} calls a run, one by one: {rig.figures}")
+    assert rig.figures.fired == rig.figures.points == len(points)
+
+
+def test_two_failures_anywhere_cost_no_row(rig: Rig) -> None:
+    job = rig.job()
+    pairs = list(itertools.combinations(rig.points(job), 2))
+    chosen = pairs if _PAIRS == "all" else random.Random(_SEED).sample(pairs, min(int(_PAIRS), len(pairs)))
+    for pair in chosen:
+        rig.strike(job, pair)
+    print(f"\n{rig.root.split('://')[0][:6]}: {len(chosen)} of {len(pairs)} pairs (seed {_SEED}): {rig.figures}")
+    assert rig.figures.fired >= rig.figures.points * 0.9  # a second fault may stand behind what the first one ended
+
+
+def test_a_store_that_fails_while_planning_costs_no_input_file_where_unreadable_ones_are_skipped(rig: Rig) -> None:
+    """A file that the store did not give is not a file that is no Parquet."""
+    job = rig.job(unreadable="skip")
+    points = [point for point in rig.points(job) if point.function in ("info", "open_read", "list_objects") and "/in" in point.name]
+    assert points
+    for point in points:
+        rig.strike(job, [point])

@@ -1,0 +1,330 @@
+"""A machine of plan, run, crash, zombie, duplicate, lost acknowledgement, deletion and change, over memory://.
+
+Hypothesis looks for an order of these in which a row is lost, or a committed part changes. After each step the set of committed
+parts has only grown, but for the rule that deletes, and their bytes are what they were; `verify` says complete exactly where the
+independent checker finds nothing and the job was closed. At the end everything is healed and run, and the rows are a bijection.
+
+TOKENMILL_EXAMPLES=500 looks longer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import initialize
+from hypothesis.stateful import invariant
+from hypothesis.stateful import precondition
+from hypothesis.stateful import rule
+from hypothesis.stateful import run_state_machine_as_test
+
+from jobs.accept import Accepted
+from jobs.accept import accept
+from jobs.accept import store
+from jobs.api import run
+from jobs.verify import verify
+from pipeline import storage
+from pipeline.model import resolve_model
+from pipeline.replica import Replica
+from schemas import layout
+from schemas.errors import InputChanged
+from schemas.errors import JobError
+from schemas.errors import UnitError
+from schemas.job import JobSpec
+from schemas.job import SimulatedOptions
+from schemas.job import parse_job
+from schemas.unit import WorkUnit
+from tests.chaos.checker import History
+from tests.chaos.checker import check
+from tests.conftest import build_tiny_model
+
+_OBJECTS, _ROWS_EACH = 2, 40
+"""Five units, the third of which reads both objects."""
+_OPTIONS = {"decode_tokens_per_s": 1e7, "prefill_tokens_per_s": 1e8}
+_numbers = itertools.count()
+
+
+class Crash(Exception):
+    """A process that ends where it stands."""
+
+
+class Job(RuleBasedStateMachine):
+    """One output, several processes after and beside each other."""
+
+    model: Path
+    replica: Replica
+
+    @initialize()
+    def begin(self) -> None:
+        self.fs = fsspec.filesystem("memory")
+        self.root = f"/state-machine-{os.getpid()}-{next(_numbers)}"
+        self.input_uri, self.out_uri = f"memory:/{self.root}/in", f"memory:/{self.root}/out"
+        for number in range(_OBJECTS):
+            self.write_object(number, "question")
+        self.history = History(self.out_uri)
+        self.accepted: Accepted | None = None
+        self.zombies: list[tuple[str, bytes]] = []  # parts that processes which were taken for dead have still to create
+        self.kept: dict[str, Any] = {}  # planned input objects whose place another one has
+
+    # What a process does.
+
+    @rule()
+    def plan(self) -> None:
+        """A driver comes up: accept, and store or find job and plan."""
+        self.accepted = store(accept(self.job()))
+
+    @precondition(lambda self: self.accepted is not None)
+    @rule(count=st.integers(1, 3))
+    def run_units(self, count: int) -> None:
+        for unit in self.todo()[:count]:
+            with self.only_if_changed(unit):
+                assert self.attempt(unit)["outcome"] == "created"
+
+    @precondition(lambda self: self.accepted is not None)
+    @rule()
+    def crash(self) -> None:
+        """The driver is gone, with all it knew."""
+        self.accepted = None
+
+    @precondition(lambda self: self.accepted is not None)
+    @rule(number=st.integers(0, 7))
+    def freeze_before_the_commit(self, number: int) -> None:
+        """An attempt stops just before it creates its part, and is taken for dead."""
+        unit = self.any_unit(number)
+
+        create = storage.create_once
+
+        def freeze(uri: str, data: bytes, *how: Any) -> None:
+            if "/part-" not in uri:
+                create(uri, data, *how)
+                return
+            self.zombies.append((uri, data))
+            raise Crash
+
+        with self.blind(), mock.patch.object(storage, "create_once", freeze), contextlib.suppress(Crash, UnitError):
+            self.attempt(unit)
+
+    @precondition(lambda self: self.zombies)
+    @rule(number=st.integers(0, 7))
+    def wake_a_zombie(self, number: int) -> None:
+        """Its create comes late, whoever was there before."""
+        uri, data = self.zombies.pop(number % len(self.zombies))
+        was_there = storage.exists(uri)
+        try:
+            storage.create_once(uri, data)
+        except FileExistsError:
+            assert was_there
+        else:
+            assert not was_there
+
+    @precondition(lambda self: self.accepted is not None)
+    @rule(number=st.integers(0, 7))
+    def run_twice_at_once(self, number: int) -> None:
+        """A second attempt that began before the first had committed."""
+        unit = self.any_unit(number)
+        was_there = storage.exists(self.part_of(unit))
+        with self.blind(), self.only_if_changed(unit):
+            assert self.attempt(unit)["outcome"] == ("race_lost" if was_there else "created")
+
+    @precondition(lambda self: self.accepted is not None)
+    @rule(number=st.integers(0, 7))
+    def run_where_a_part_is(self, number: int) -> None:
+        """What is there stays, and is not generated again."""
+        unit = self.any_unit(number)
+        if storage.exists(self.part_of(unit)):
+            assert self.attempt(unit)["outcome"] == "already"
+
+    @precondition(lambda self: self.accepted is not None and self.todo())
+    @rule()
+    def lose_an_acknowledgement(self) -> None:
+        unit, create = self.todo()[0], storage.create_once
+
+        def created_but_raised(uri: str, data: bytes, *how: Any) -> None:
+            create(uri, data, *how)
+            if "/part-" in uri:
+                raise ConnectionResetError(errno.ECONNRESET, "reset by peer", uri)
+
+        with mock.patch.object(storage, "create_once", created_but_raised), self.only_if_changed(unit):
+            assert self.attempt(unit)["outcome"] == "acknowledgement_lost"
+
+    @precondition(lambda self: self.accepted is not None and self.todo())
+    @rule()
+    def lose_a_create(self) -> None:
+        unit, create = self.todo()[0], storage.create_once
+
+        def refused(uri: str, data: bytes, *how: Any) -> None:
+            if "/part-" in uri:
+                raise OSError(errno.EBUSY, "the server is busy", uri)
+            create(uri, data, *how)
+
+        with mock.patch.object(storage, "create_once", refused), pytest.raises(UnitError):
+            self.attempt(unit)
+
+    @rule()
+    def resume(self) -> None:
+        """The same command again."""
+        result = run(self.job(attempts=1), stream=io.StringIO())
+        assert result.state == ("complete" if not result.failed else "failed")
+        assert bool(result.failed) <= bool(self.kept)
+        assert all("InputChanged" in reason for reason in result.failed.values())
+        self.accepted = None
+
+    @rule(change=st.sampled_from([{"sampling": {"max_tokens": 5}}, {"input": {"prompt": "again: {prompt}"}}, {"output": {"prefix": "x_"}}]))
+    def ask_for_another_job(self, change: dict[str, dict[str, Any]]) -> None:
+        """Refused once the output is begun, and changes nothing."""
+        if not storage.exists(f"{self.out_uri}/{layout.JOB}"):
+            return
+        before = dict(self.fs.store)
+        with pytest.raises(JobError, match="another job"):
+            run(self.job(**change), stream=io.StringIO())
+        assert {path: id(file) for path, file in self.fs.store.items()} == {path: id(file) for path, file in before.items()}
+
+    # What others do to it.
+
+    @rule(number=st.integers(0, 7))
+    def delete_a_part(self, number: int) -> None:
+        names = sorted(self.fs.glob(f"{self.root}/out/part-*.parquet"))
+        if names:
+            name = names[number % len(names)]
+            self.fs.rm_file(name)
+            self.history.forget(name.rsplit("/", 1)[-1])
+
+    @precondition(lambda self: storage.exists(f"{self.out_uri}/{layout.PLAN}"))
+    @rule(number=st.integers(0, _OBJECTS - 1))
+    def change_an_object(self, number: int) -> None:
+        path = f"{self.root}/in/{number}.parquet"
+        if path not in self.kept:
+            self.kept[path] = self.fs.store[path]
+            self.write_object(number, "another question")
+
+    @rule()
+    def put_the_objects_back(self) -> None:
+        self.fs.store.update(self.kept)
+        self.kept.clear()
+
+    # What has to hold.
+
+    @invariant()
+    def what_is_committed_stays(self) -> None:
+        if hasattr(self, "history"):
+            self.history.look()
+            assert self.history.fine, self.history.describe()
+
+    @rule()
+    def verify_agrees_with_the_checker(self) -> None:
+        if not storage.exists(f"{self.out_uri}/{layout.PLAN}"):
+            return
+        found, verdict = check(self.input_uri, self.out_uri), verify(self.out_uri)
+        closed = storage.exists(f"{self.out_uri}/{layout.SUCCESS}")
+        changed = bool(self.kept)  # verify will not vouch for a row whose input is not the planned one; the checker cannot know
+        assert verdict.complete == (found.fine and closed and not changed), f"{found.describe()}\n{verdict.problems}"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "history"):
+            return
+        try:
+            self.put_the_objects_back()
+            result = run(self.job(), stream=io.StringIO())
+            assert (result.state, result.failed) == ("complete", {})
+            while self.zombies:
+                self.wake_a_zombie(0)
+            self.what_is_committed_stays()
+            found = check(self.input_uri, self.out_uri)
+            assert found.fine, found.describe()
+            assert (found.rows_out, found.error_rows) == (_OBJECTS * _ROWS_EACH, 0)
+            assert verify(self.out_uri).complete
+        finally:
+            self.fs.rm(self.root, recursive=True)
+
+    # Helpers.
+
+    def write_object(self, number: int, word: str) -> None:
+        ids = range(number * _ROWS_EACH, (number + 1) * _ROWS_EACH)
+        with self.fs.open(f"{self.root}/in/{number}.parquet", "wb") as file:
+            pq.write_table(pa.table({"id": list(ids), "prompt": [f"{word} {row}" for row in ids]}), file)
+
+    def job(self, attempts: int = 3, **sections: dict[str, Any]) -> JobSpec:
+        data: dict[str, Any] = {
+            "model": str(self.model),
+            "input": {"uri": self.input_uri, "prompt": "prompt"},
+            "output": {"uri": self.out_uri},
+            "sampling": {"max_tokens": 4},
+            "engine": {"kind": "simulated", "options": _OPTIONS},
+            "cluster": {"kind": "inline"},
+            "limits": {"attempts": attempts},
+        }
+        for key, value in sections.items():
+            data[key] = {**data[key], **value}
+        return parse_job(data)
+
+    def todo(self) -> list[WorkUnit]:
+        """Units without a part now, whatever the driver believes."""
+        assert self.accepted is not None
+        return [unit for unit in self.accepted.plan.units if not storage.exists(self.part_of(unit))]
+
+    def any_unit(self, number: int) -> WorkUnit:
+        assert self.accepted is not None
+        return self.accepted.plan.units[number % len(self.accepted.plan.units)]
+
+    def part_of(self, unit: WorkUnit) -> str:
+        assert self.accepted is not None
+        return storage.join(self.out_uri, unit.part_name(self.accepted.record.fingerprint))
+
+    def attempt(self, unit: WorkUnit) -> dict[str, Any]:
+        assert self.accepted is not None
+        return self.replica.run(self.out_uri, self.accepted.record.fingerprint, unit.to_dict())
+
+    @contextlib.contextmanager
+    def blind(self) -> Iterator[None]:
+        """As an attempt that looked before anybody had committed."""
+        exists = storage.exists
+        with mock.patch.object(storage, "exists", lambda uri: False if "/part-" in uri else exists(uri)):
+            yield
+
+    @contextlib.contextmanager
+    def only_if_changed(self, unit: WorkUnit) -> Iterator[None]:
+        """An attempt fails exactly where one of its objects is not the planned one."""
+        changed = any(f"/{rows.uri.removeprefix('memory://').lstrip('/')}" in self.kept for rows in unit.ranges)
+        with pytest.raises(InputChanged) if changed else contextlib.nullcontext():
+            yield
+
+
+def test_no_order_of_events_loses_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipeline.replica
+
+    monkeypatch.setattr(pipeline.replica, "load_tokenizer", functools.cache(pipeline.replica.load_tokenizer))  # the real one, once
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_tiny_model(Path(folder) / "model")
+        Job.model = model
+        Job.replica = Replica(
+            name="machine-0", model=resolve_model(str(model)), kind="simulated", options=SimulatedOptions(**_OPTIONS).model_dump()
+        )
+        try:
+            run_state_machine_as_test(
+                Job,
+                settings=settings(
+                    max_examples=int(os.environ.get("TOKENMILL_EXAMPLES", "20")),
+                    stateful_step_count=25,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        finally:
+            Job.replica.close()

@@ -1,0 +1,111 @@
+"""Parquet files with flipped bytes and cut ends, as inputs and as parts: refused in the project's words, or read right.
+
+Never anything but the project's errors, and no damaged part is called complete unless every value in it is what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+from hypothesis import HealthCheck
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from jobs.api import plan
+from jobs.api import run
+from jobs.verify import verify
+from pipeline.commit import read_report
+from schemas.errors import ForeignOutput
+from schemas.errors import JobError
+from schemas.errors import TokenmillError
+from tests.fuzz.conftest import KINDS
+from tests.fuzz.conftest import ROWS
+from tests.fuzz.conftest import SEEDS
+from tests.fuzz.conftest import Finished
+from tests.fuzz.conftest import damage
+
+_SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@_SLOW
+@given(seed=SEEDS, kind=KINDS, unreadable=st.sampled_from(["refuse", "skip"]))
+def test_planning_over_a_damaged_input_plans_or_refuses(finished: Finished, seed: int, kind: str, unreadable: str) -> None:
+    finished.write("in/a.parquet", damage(finished.read("in/a.parquet"), seed, kind))
+    try:
+        with contextlib.suppress(JobError):
+            job = finished.job(input={"unreadable": unreadable}, output={"uri": f"memory:/{finished.root}/elsewhere"})
+            assert plan(job).accepted.plan.num_rows >= 0
+    finally:
+        finished.restore()
+
+
+@settings(_SLOW, max_examples=60)
+@given(seed=SEEDS, kind=KINDS)
+def test_a_run_over_a_damaged_input_ends_in_the_projects_words(finished: Finished, seed: int, kind: str) -> None:
+    """Bytes that Parquet has no check for may come out as other values; they are then the table's."""
+    finished.write("in/a.parquet", damage(finished.read("in/a.parquet"), seed, kind))
+    try:
+        with contextlib.suppress(JobError):
+            result = run(finished.job(output={"uri": f"memory:/{finished.root}/elsewhere"}), stream=io.StringIO())
+            assert result.state in ("complete", "failed")
+            assert result.state == "complete" or all(
+                reason.split(":")[0].endswith(("Error", "Changed")) for reason in result.failed.values()
+            )
+    finally:
+        finished.restore()
+
+
+@_SLOW
+@given(seed=SEEDS, kind=KINDS)
+def test_a_damaged_part_is_never_called_complete_unless_it_reads_as_it_was_written(finished: Finished, seed: int, kind: str) -> None:
+    rows = finished.rows()
+    name = finished.part_names[seed % len(finished.part_names)]
+    finished.write(name, damage(finished.read(name), seed, kind))
+    try:
+        verdict = verify(finished.out_uri)
+        if verdict.complete:
+            assert finished.rows() == rows
+        else:
+            assert any(name.rsplit("/", 1)[-1] in problem for problem in verdict.problems)
+    finally:
+        finished.restore()
+
+
+@_SLOW
+@given(seed=SEEDS, kind=KINDS)
+def test_a_damaged_parts_report_is_read_or_refused(finished: Finished, seed: int, kind: str) -> None:
+    name = finished.part_names[seed % len(finished.part_names)]
+    finished.write(name, damage(finished.read(name), seed, kind))
+    try:
+        with contextlib.suppress(ForeignOutput):
+            assert read_report(f"memory:/{finished.root}/{name}").rows > 0
+    finally:
+        finished.restore()
+
+
+@settings(_SLOW, max_examples=60)
+@given(seed=SEEDS, kind=KINDS)
+def test_running_again_over_a_damaged_part_ends_in_the_projects_words_and_overwrites_nothing(
+    finished: Finished, seed: int, kind: str
+) -> None:
+    name = finished.part_names[seed % len(finished.part_names)]
+    damaged = damage(finished.read(name), seed, kind)
+    finished.write(name, damaged)
+    try:
+        with contextlib.suppress(TokenmillError):
+            run(finished.job(), stream=io.StringIO())
+        assert finished.fs.cat_file(f"{finished.root}/{name}") == damaged
+    finally:
+        finished.restore()
+
+
+def test_the_job_that_is_damaged_is_whole(finished: Finished) -> None:
+    """The control: what is put back is complete."""
+    assert verify(finished.out_uri).complete
+    assert [row["id"] for row in finished.rows()] == list(range(ROWS))
+    finished.write(finished.part_names[0], b"")
+    assert not verify(finished.out_uri).complete
+    finished.restore()
+    assert verify(finished.out_uri).complete
