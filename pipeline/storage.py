@@ -23,6 +23,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from typing import BinaryIO
@@ -123,7 +124,8 @@ def _info(fs: Any, details: dict[str, Any], like: str) -> ObjectInfo:
         return ObjectInfo(uri=path, size_bytes=stat.st_size, version=f"{stat.st_size}-{stat.st_mtime_ns}")
     version = details.get("etag") or details.get("ETag")
     if not version:
-        version = f"{details['size']}-{details.get('created') or details.get('last_modified') or ''}"
+        when = details.get("created") or details.get("last_modified") or ""
+        version = f"{details['size']}-{when.timestamp() if isinstance(when, datetime) else when}"  # fsspec's memory gives both
     return ObjectInfo(uri=_named(fs, path, like), size_bytes=int(details["size"]), version=str(version).strip('"'))
 
 

@@ -96,13 +96,14 @@ def describe_validation(error: ValidationError, *, show_found: bool = True) -> s
         if problem["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown key")
             continue
-        found = repr(problem["input"])
+        value = problem["input"]  # what lies in a container is not ours to show, and may be endless
+        found = f"a {type(value).__name__}" if isinstance(value, dict | list | tuple | set) else repr(value)
         if not show_found or problem["loc"][:1] == ("storage",) or looks_secret(found):
             found = "a value that is not shown"
         if len(found) > 80:
             found = found[:77] + "..."
         message = problem["msg"].removeprefix("Value error, ")
-        # A model's own validator is handed the whole model; its message already names what was found.
-        shown = "" if problem["type"] == "value_error" else f" (found {found})"
+        # A model's own validator is handed the whole model, and a missing field its parent; the message already says it.
+        shown = "" if problem["type"] in ("value_error", "missing") else f" (found {found})"
         lines.append(f"{path}: {message}{shown}")
     return "\n".join(lines)

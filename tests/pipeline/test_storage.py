@@ -1,32 +1,29 @@
-"""Storage on local paths and in memory: one suite for both, and what only one of them can do."""
+"""What only one kind of storage can do, and what is refused. What all of them do: test_storage_conformance.py."""
 
 from __future__ import annotations
 
+import errno
+import importlib.util
+import io
+import json
 import os
-import sys
-import threading
 import uuid
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from typing import ClassVar
 
 import fsspec
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from jobs import api
 from pipeline import storage
+from schemas import layout
 from schemas.errors import JobError
-
-
-@pytest.fixture(params=["local", "file-url", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty folder's URI."""
-    if request.param == "memory":
-        name = uuid.uuid4().hex
-        yield f"memory://{name}"
-        fs = fsspec.filesystem("memory")
-        if fs.exists(f"/{name}"):
-            fs.rm(f"/{name}", recursive=True)
-    else:
-        yield f"file://{tmp_path}" if request.param == "file-url" else str(tmp_path)
+from schemas.job import JobSpec
 
 
 def names_below(root: str) -> list[str]:
@@ -41,187 +38,110 @@ def found(uri: str, root: str) -> list[str]:
     return [item.uri.removeprefix(base) for item in storage.list_objects(uri)]
 
 
-def test_what_is_created_is_read_back(root: str) -> None:
-    uri = storage.join(root, "a", "b.bin")
-    storage.create_once(uri, b"\x00data")
-    assert storage.read_bytes(uri) == b"\x00data"
-    assert storage.exists(uri)
-    assert storage.info(uri).size_bytes == 5
-
-
-def test_an_empty_object_is_an_object(root: str) -> None:
-    storage.create_once(storage.join(root, "empty"), b"")
-    assert storage.read_bytes(storage.join(root, "empty")) == b""
-    with pytest.raises(FileExistsError):
-        storage.create_once(storage.join(root, "empty"), b"x")
-
-
-def test_a_second_create_fails_and_the_first_bytes_survive(root: str) -> None:
-    uri = storage.join(root, "a")
-    storage.create_once(uri, b"first")
-    with pytest.raises(FileExistsError):
-        storage.create_once(uri, b"second, and longer")
-    assert storage.read_bytes(uri) == b"first"
-    assert names_below(root) == ["a"]
-
-
-@pytest.fixture
-def hasty() -> Iterator[None]:
-    """Threads are switched as often as they can be."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-@pytest.mark.usefixtures("hasty")
-def test_of_many_writers_one_wins_whole(root: str) -> None:
-    for round_number in range(20):
-        uri, outcomes = storage.join(root, "folder", f"{round_number:02d}"), dict[int, bool]()
-        start = threading.Barrier(8)
-
-        def write(number: int, uri: str = uri, outcomes: dict[int, bool] = outcomes, start: threading.Barrier = start) -> None:
-            start.wait()
-            try:
-                storage.create_once(uri, bytes([number]) * 10_000)
-                outcomes[number] = True
-            except FileExistsError:
-                outcomes[number] = False
-
-        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        winners = [number for number, won in outcomes.items() if won]
-        assert len(outcomes) == 8
-        assert len(winners) == 1
-        assert storage.read_bytes(uri) == bytes(winners) * 10_000
-    assert names_below(root) == [f"folder/{round_number:02d}" for round_number in range(20)]
-
-
-def test_a_removed_object_is_gone_and_removing_it_again_is_nothing(root: str) -> None:
-    uri = storage.join(root, "a")
-    storage.create_once(uri, b"x")
-    storage.remove(uri)
-    storage.remove(uri)
-    assert not storage.exists(uri)
-    assert names_below(root) == []
-
-
-@pytest.mark.parametrize("act", [storage.read_bytes, storage.open_read, storage.info], ids=lambda act: act.__name__)
-def test_a_missing_object_is_a_file_not_found(root: str, act: object) -> None:
-    assert callable(act)
-    with pytest.raises(FileNotFoundError):
-        act(storage.join(root, "nothing"))
-
-
-def test_replacing_writes_over_and_leaves_no_temporary(root: str) -> None:
-    uri = storage.join(root, "status", "s.json")
-    storage.replace(uri, b"one")
-    storage.replace(uri, b"two")
-    assert storage.read_bytes(uri) == b"two"
-    assert names_below(root) == ["status/s.json"]
-
-
-def test_a_version_changes_when_the_object_does(root: str) -> None:
-    uri = storage.join(root, "a")
-    storage.create_once(uri, b"one")
-    before = storage.info(uri)
-    assert storage.info(uri) == before
-    storage.replace(uri, b"three")
-    assert storage.info(uri).version != before.version
-
-
-def test_an_opened_object_can_be_read_from_anywhere(root: str) -> None:
-    uri = storage.join(root, "a")
-    storage.create_once(uri, b"0123456789")
-    with storage.open_read(uri) as file:
-        file.seek(-3, os.SEEK_END)
-        assert file.read() == b"789"
-        file.seek(2)
-        assert file.read(2) == b"23"
-
-
-def test_two_readers_of_one_object_do_not_move_each_other(root: str) -> None:
-    uri = storage.join(root, "a")
-    storage.create_once(uri, b"0123456789")
-    with storage.open_read(uri) as first, storage.open_read(uri) as second:
-        assert first.read(4) == b"0123"
-        assert second.read(2) == b"01"
-        assert first.read(2) == b"45"
-
-
-def test_a_closed_reader_leaves_the_object_readable(root: str) -> None:
-    uri = storage.join(root, "a")
-    storage.create_once(uri, b"0123456789")
-    with storage.open_read(uri) as first:
-        first.read(4)
-    with storage.open_read(uri) as second:
-        assert second.read() == b"0123456789"
-
-
-def test_a_probe_passes_and_leaves_no_file(root: str) -> None:
-    storage.probe(storage.join(root, "out"))
-    assert names_below(root) == []
-
-
-def test_a_file_names_itself(root: str) -> None:
-    storage.create_once(storage.join(root, "a.data"), b"x")
-    assert found(storage.join(root, "a.data"), root) == ["a.data"]
-
-
-def test_a_folder_gives_its_parquet_files_in_order_without_hidden_ones(root: str) -> None:
-    for name in ("b.parquet", "a.parquet", "c.pq", "sub/d.parquet", "notes.txt", ".hidden.parquet", "_tokenmill/plan.parquet", "_SUCCESS"):
-        storage.create_once(storage.join(root, *name.split("/")), b"x")
-    assert found(root, root) == ["a.parquet", "b.parquet", "c.pq", "sub/d.parquet"]
-    assert found(root + "/", root) == found(root, root)
-
-
-def test_a_folder_below_a_hidden_one_is_not_hidden_itself(root: str) -> None:
-    storage.create_once(storage.join(root, "_work", "in", "a.parquet"), b"x")
-    assert found(storage.join(root, "_work", "in"), root) == ["_work/in/a.parquet"]
-
-
-def test_a_glob_gives_what_matches_in_order_without_hidden_names(root: str) -> None:
-    for name in ("b.parquet", "a.parquet", "c.txt", "_d.parquet", ".e.parquet", "sub/f.parquet"):
-        storage.create_once(storage.join(root, *name.split("/")), b"x")
-    assert found(storage.join(root, "*.parquet"), root) == ["a.parquet", "b.parquet"]
-    assert found(storage.join(root, "[a-b].parquet"), root) == ["a.parquet", "b.parquet"]
-    assert found(storage.join(root, "*", "*.parquet"), root) == ["sub/f.parquet"]
-
-
-def test_a_glob_over_all_folders_does_not_look_into_hidden_ones(root: str) -> None:
-    for name in ("sub/part-0.parquet", "sub/_tokenmill/plan.parquet", "sub/.trash/old.parquet"):
-        storage.create_once(storage.join(root, *name.split("/")), b"x")
-    assert found(storage.join(root, "**", "*.parquet"), root) == ["sub/part-0.parquet"]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("nothing.parquet", "there is no "), ("*.parquet", "no file matches "), ("folder", "holds no .parquet file")]
-)
-def test_a_uri_that_names_nothing_is_a_wrong_job(root: str, name: str, message: str) -> None:
-    storage.create_once(storage.join(root, "folder", "a.txt"), b"x")
-    with pytest.raises(JobError, match=f"input.uri: .*{message}"):
-        storage.list_objects(storage.join(root, name))
-
-
-def test_names_and_sizes_are_those_of_the_folder_itself(root: str) -> None:
-    for name in ("a", ".b", "sub/c"):
-        storage.create_once(storage.join(root, *name.split("/")), b"xyz")
-    assert storage.list_names(root) == {"a": 3, ".b": 3}
-    assert storage.list_names(storage.join(root, "nothing")) == {}
-
-
 @pytest.mark.parametrize("uri", ["nonsense://bucket/a", "nonsense://bucket/*.parquet"])
 def test_an_unknown_kind_of_storage_is_refused(uri: str) -> None:
     with pytest.raises(JobError, match=r"cannot open this kind of storage .*use a path, az://, abfss:// or memory://"):
         storage.list_objects(uri)
 
 
-def test_a_store_without_a_known_put_if_absent_is_refused_for_output() -> None:
-    with pytest.raises(JobError, match=r"output.uri: no put-if-absent is known for data://"):
-        storage.create_once("data://a", b"x")
+@pytest.mark.parametrize(("uri", "package"), [("s3://bucket/out", "s3fs"), ("gs://bucket/out", "gcsfs")])
+def test_a_store_whose_package_is_not_installed_says_which_one(uri: str, package: str) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed here")
+    assert storage.check_can_create(uri) == "put_if_absent"
+    for act in (storage.list_objects, storage.list_names, storage.read_bytes):
+        with pytest.raises(JobError, match=f"pip install {package}"):
+            act(uri)
+
+
+class PlainFileSystem(MemoryFileSystem):
+    """A store of which nobody knows a put-if-absent."""
+
+    protocol = ("plain",)
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+
+@pytest.fixture
+def plain() -> Iterator[str]:
+    """Its URI. What tests opted into is taken back."""
+    fsspec.register_implementation("plain", PlainFileSystem, clobber=True)
+    yield f"plain://{uuid.uuid4().hex}"
+    PlainFileSystem.store.clear()
+    storage.commit_as("put_if_absent")
+
+
+def test_a_store_without_a_known_put_if_absent_is_refused_for_output(plain: str) -> None:
+    with pytest.raises(JobError, match=r"output.uri: no put-if-absent is known for plain://.*output.commit: overwrite"):
+        storage.create_once(f"{plain}/a", b"x")
+    assert storage.list_names(plain) == {}
+
+
+def test_who_opts_in_gets_one_object_a_name_and_a_probe_that_asks_no_more(plain: str) -> None:
+    storage.commit_as("overwrite")
+    assert storage.check_can_create(plain) == "overwrite"
+    storage.probe(plain)
+    storage.create_once(f"{plain}/a", b"first")
+    with pytest.raises(FileExistsError):
+        storage.create_once(f"{plain}/a", b"second")
+    assert storage.read_bytes(f"{plain}/a") == b"first"
+
+
+@pytest.mark.parametrize("uri", ["az://container/out", "abfss://c@account.dfs.core.windows.net/out", "memory://out"])
+def test_the_weaker_way_is_not_taken_where_the_stronger_one_is_certain(plain: str, uri: str) -> None:
+    storage.commit_as("overwrite")
+    assert storage.check_can_create(uri) == "put_if_absent"
+
+
+def test_a_job_that_opts_in_runs_and_says_so_everywhere(plain: str, make_job: Callable[..., JobSpec], write_table: Any) -> None:
+    write_table([{"prompt": f"row {number}"} for number in range(40)])
+    with pytest.raises(JobError, match="no put-if-absent is known for plain://"):
+        api.run(make_job(output={"uri": f"{plain}/out"}))
+    said = io.StringIO()
+    result = api.run(make_job(output={"uri": f"{plain}/out", "commit": "overwrite"}), stream=said)
+    assert api.verify(result.out_uri).complete
+    assert "output.commit is overwrite: of two writers of one part at the same moment the last one wins" in said.getvalue()
+    parts = [name for name in storage.list_names(result.out_uri) if name.endswith(".parquet")]
+    assert parts
+    for name in parts:
+        metadata = pq.read_metadata(storage.open_read(storage.join(result.out_uri, name))).metadata
+        assert json.loads(metadata[b"tokenmill.provenance"])["commit"] == "overwrite"
+    manifest = pq.read_metadata(storage.open_read(storage.join(result.out_uri, layout.MANIFEST)))
+    assert manifest.metadata[b"tokenmill.commit"] == b"overwrite"
+
+
+def test_an_output_begun_the_weaker_way_does_not_pass_for_a_strong_one(make_job: Callable[..., JobSpec], write_table: Any) -> None:
+    write_table([{"prompt": "row"}])
+    api.run(make_job(output={"commit": "overwrite"}))
+    with pytest.raises(JobError, match=r"output.commit: .* was begun with overwrite, and its parts may be"):
+        api.run(make_job())
+    assert api.run(make_job(output={"commit": "overwrite"})).exit_code == 0
+    storage.commit_as("put_if_absent")
+
+
+def test_an_ordinary_job_records_that_its_parts_were_created_once(make_job: Callable[..., JobSpec], write_table: Any) -> None:
+    write_table([{"prompt": "row"}])
+    result = api.run(make_job())
+    part = next(Path(result.out_uri).glob("part-*.parquet"))
+    assert json.loads(pq.read_metadata(part).metadata[b"tokenmill.provenance"])["commit"] == "put_if_absent"
+
+
+def test_a_folder_without_hard_links_is_refused_and_takes_the_weaker_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FAT, blobfuse and some network mounts answer."""
+
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(JobError, match=r"cannot write to .* has no hard links, which put-if-absent needs; .*output.commit: overwrite"):
+        storage.probe(str(tmp_path))
+    storage.commit_as("overwrite")
+    try:
+        storage.probe(str(tmp_path))
+        storage.create_once(str(tmp_path / "a"), b"x")
+    finally:
+        storage.commit_as("put_if_absent")
+    assert names_below(str(tmp_path)) == ["a"]
 
 
 def test_a_folder_that_takes_no_writes_is_refused(tmp_path: Path) -> None:
@@ -292,3 +212,19 @@ def test_a_plain_path_is_a_file(uri: str, scheme: str) -> None:
 
 def test_joining_does_not_double_slashes() -> None:
     assert storage.join("memory://a/", "b", "c") == "memory://a/b/c"
+
+
+def test_no_name_from_inputs_or_job_fields_leads_out_of_the_output(
+    tmp_path: Path, make_job: Callable[..., JobSpec], write_table: Any
+) -> None:
+    """Names of parts are ours alone; odd names of files, columns and fields stay what they are: data."""
+    write_table([{"prompt": "a", "../../column": "x"}], name="in/..parquet.parquet")
+    write_table([{"prompt": "b", "../../column": "y"}], name="in/a/..b/%2e%2e%2f.parquet")
+    write_table([{"prompt": "c", "../../column": "z"}], name="in/a/ .. /x\\..\\y.parquet")
+    job = make_job(name="a..b", input={"uri": str(tmp_path / "in")}, output={"uri": str(tmp_path / "out"), "prefix": "../../"})
+    before = set(tmp_path.rglob("*"))
+    assert api.run(job).exit_code == 0
+    new = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} - {path.relative_to(tmp_path) for path in before}
+    assert {path.parts[0] for path in new} == {"out"}
+    assert all(path.name.startswith("part-") or path.parts[1] in ("_tokenmill", "_SUCCESS") for path in new if len(path.parts) > 1)
+    assert api.verify(str(tmp_path / "out")).rows_proven == 3
