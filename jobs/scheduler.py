@@ -35,6 +35,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "distributed.scheduler.default-task-durations": {"unit": "10m"},
     # The pages have no password. Left out are those that show call stacks and logs, reach through to workers, or take orders.
     "distributed.scheduler.http.routes": ["distributed.http.health", "distributed.http.scheduler.prometheus", "distributed.http.statics"],
+    "distributed.dashboard.link": "http://127.0.0.1:{port}/status",  # Dask would name the address of the scheduler itself
     "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": ["localhost", "127.0.0.1"],
 }
 """Read by a scheduler when it is made, in its own process."""

@@ -81,7 +81,7 @@ class EngineEvicted(EngineDead):
 
 def root_cause(error: BaseException) -> str:
     """What lies under the words of those who passed an error on, such as a refused certificate under a failed connection."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):  # a cancelled wait is no cause
         error = error.__cause__
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 

@@ -19,6 +19,7 @@ from typing import Any
 import dask
 from distributed import Client
 from distributed.comm.core import FatalCommClosedError
+from distributed.utils import silence_logging_cmgr
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
@@ -45,6 +46,7 @@ from schemas.unit import WorkUnit
 _CONNECT_S = 10.0
 """Also how long Dask's client tries to come back to a scheduler that is gone, where we would look for the next one."""
 _ANSWER_S = 10.0
+_POLL_ANSWER_S = 2.0
 _CLOSE_S = 2.0
 _POLL_S = 1.0
 _RETURN_S = 20.0
@@ -108,6 +110,7 @@ class AddressCluster:
             tls.check_apart(spec.keys, [uri for uri in (out_uri, spec.rendezvous) if uri is not None])
         self._spec, self._security = spec, tls.security(spec.keys)
         self._needs = Needs(versions=versions(), weights_digest=model.weights_digest, tokenizer_digest=model.tokenizer_digest, engine=kind)
+        self._client: Client | None = None
         self._units: DaskUnits | None = None
         self._replicas: list[ReplicaState] = []
         self._holders: dict[str, str] = {}
@@ -119,12 +122,10 @@ class AddressCluster:
         self._said = ""
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        # Dask logs tracebacks of every lost connection; what they mean is said in notes.
-        self._logger = logging.getLogger("distributed")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.CRITICAL)
-        self._config = dask.config.set(DASK_CONFIG)
-        self._config.__enter__()
+        self._settings = contextlib.ExitStack()
+        self._settings.enter_context(dask.config.set(DASK_CONFIG))
+        # Dask logs a traceback of every lost connection; what it means is said in notes.
+        self._settings.enter_context(silence_logging_cmgr(logging.CRITICAL))
         self._thread = threading.Thread(target=self._keep_connected, name="connection", daemon=True)
         self._thread.start()
 
@@ -132,7 +133,8 @@ class AddressCluster:
         """Raises JobError where the cluster is not fit for the job."""
         if self._refusal is not None:
             raise self._refusal
-        return self._replicas
+        client = self._client  # whose word comes before the connection's thread has heard of it
+        return self._replicas if client is not None and client.status == "running" else []
 
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
@@ -161,8 +163,7 @@ class AddressCluster:
         """Lets go of the cluster. What its replicas are at they finish and commit, whether anybody waits for it or not."""
         self._closing.set()
         self._thread.join(0 if at_once else _CONNECT_S + _CLOSE_S)
-        self._config.__exit__(None, None, None)
-        self._logger.setLevel(self._level)
+        self._settings.close()
 
     def _keep_connected(self) -> None:
         failures = 0
@@ -220,7 +221,7 @@ class AddressCluster:
                 self._say_once(f"lost the scheduler at {address}" + (f"; {flying} units in flight will be run again" if flying else ""))
         finally:
             self._missing = frozenset(state.name for state in self._replicas) or self._missing
-            self._units, self._replicas, self._holders = None, [], {}
+            self._client, self._units, self._replicas, self._holders = None, None, [], {}
             units.lose_all(f"the scheduler at {address} went away")
             with contextlib.suppress(Exception):  # it is of no use any more, however it ends
                 client.close(timeout=_CLOSE_S)
@@ -233,10 +234,10 @@ class AddressCluster:
         # Dask's client may come back by itself to another scheduler at the same address, which has forgotten everything.
         while not self._closing.is_set() and client.status == "running" and identity["id"] == me:
             self._take(identity["workers"], scheduler)
-            self._units = units
+            self._client, self._units = client, units
             self._closing.wait(_POLL_S)
             with contextlib.suppress(OSError, TimeoutError):  # a slow answer is no loss; a loss shows in the client's status
-                identity = _identity(client)
+                identity = _identity(client, timeout_s=_POLL_ANSWER_S)
 
     def _take(self, workers: Mapping[str, Mapping[str, Any]], scheduler: Mapping[str, str]) -> None:
         problems = objections(self._needs, scheduler, workers)
@@ -270,9 +271,9 @@ class AddressCluster:
             self._notes.append(text)
 
 
-def _identity(client: Client) -> dict[str, Any]:
+def _identity(client: Client, *, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
     """The scheduler and all its workers, as it knows them."""
-    found: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=_ANSWER_S)
+    found: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=timeout_s)
     return found
 
 
