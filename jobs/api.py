@@ -32,19 +32,15 @@ from jobs.status import read_status as status
 from jobs.status import write_status
 from jobs.summary import RunResult
 from jobs.verify import verify as verify
+from pipeline import storage
 from pipeline.engine.continuous import window_rows
-from pipeline.model import Model
-from pipeline.profile import ReplicaPlan
-from pipeline.profile import load_profile
-from pipeline.profile import plan_replicas
-from pipeline.profile import this_machine
+from pipeline.profile import cut_machine
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_DRAINED
 from schemas.errors import EXIT_LIMIT_REACHED
 from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import JobError
 from schemas.job import JobSpec
-from schemas.job import SimulatedOptions
 from schemas.job import parse_job
 from schemas.manifest import Totals
 from schemas.manifest import UnitReport
@@ -64,7 +60,8 @@ class PlanReport:
     """What a run would do."""
 
     accepted: Accepted
-    replicas: int
+    replicas: int | None
+    """None where the nodes of a cluster decide."""
     profile: str
 
 
@@ -92,7 +89,9 @@ def load_job(path: str | Path) -> JobSpec:
 def plan(job: JobSpec) -> PlanReport:
     """Check a job and say what a run would do; writes nothing, starts nothing. Raises JobError."""
     accepted = accept(job)
-    cut = cut_machine(job, accepted.model)
+    if job.cluster.kind == "address":
+        return PlanReport(accepted=accepted, replicas=None, profile="each node's own")
+    cut = cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas)
     return PlanReport(accepted=accepted, replicas=cut.replicas, profile=cut.profile)
 
 
@@ -126,7 +125,11 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
 def make_cluster(accepted: Accepted) -> Cluster:
     """The cluster that the job asks for; replicas come up in the background. Raises JobError."""
     job = accepted.job
-    cut = cut_machine(job, accepted.model)
+    if job.cluster.kind == "address":
+        from jobs.cluster.address import AddressCluster
+
+        return AddressCluster(spec=job.cluster, out_uri=accepted.out_uri, model=accepted.model, kind=job.engine.kind)
+    cut = cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas)
     if job.cluster.kind == "inline":
         from jobs.cluster.inline import InlineCluster
 
@@ -137,16 +140,6 @@ def make_cluster(accepted: Accepted) -> Cluster:
     return LocalCluster(
         plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once, silence_s=job.limits.engine_silence_s
     )
-
-
-def cut_machine(job: JobSpec, model: Model) -> ReplicaPlan:
-    """The replicas that this machine runs for a job. Raises JobError."""
-    if job.engine.kind == "simulated":
-        options = SimulatedOptions.model_validate(job.engine.options).model_dump()
-        return ReplicaPlan(profile="simulated", replicas=job.cluster.replicas or 1, options=options)
-    machine = this_machine()
-    profile = load_profile(job.engine.profile, machine)
-    return plan_replicas(profile, machine, model, replicas=job.cluster.replicas, options=job.engine.options)
 
 
 class _Interrupts:
@@ -230,6 +223,8 @@ def _say_beginning(accepted: Accepted, display: Display) -> None:
     display.say(f"job {accepted.job.name} ({short}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}")
     if accepted.begun:
         display.say(f"begun by an earlier run: {len(accepted.done)} of {len(plan_.units)} units are done and stay as they are")
+    if storage.check_can_create(accepted.out_uri) == "overwrite":
+        display.say("output.commit is overwrite: of two writers of one part at the same moment the last one wins")
     for uri in accepted.changed_objects[:5]:
         display.say(f"changed or gone since the plan was made: {uri}; its units will fail until the planned object is back")
     for uri, reason in plan_.skipped[:5]:
