@@ -34,6 +34,7 @@ from jobs.summary import RunResult
 from jobs.verify import verify as verify
 from pipeline import storage
 from pipeline.engine.continuous import window_rows
+from pipeline.eviction import watch_evictions
 from pipeline.profile import cut_machine
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_DRAINED
@@ -165,17 +166,26 @@ class _Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def evict(self, why: str) -> None:
+        """Hand back what is in flight: this machine is about to go."""
+        if self.driver is not None and self.cluster is not None:
+            self.driver.drain()
+            self.cluster.evict()
+            in_flight = self.driver.progress.units_in_flight
+            self.driver.progress.notes.append(f"draining: {why}; {in_flight} units in flight save their finished rows")
+
     def _on_signal(self, number: int, _: object) -> None:
         self._heard += 1
         if self.driver is None or self.cluster is None or self._heard > 1:
             raise StoppedAtOnce
-        self.driver.drain()
-        what = "will be finished and committed"
         if number == signal.SIGTERM:
-            what = "save their finished rows"
-            self.cluster.evict()
+            self.evict("SIGTERM")
+            return
+        self.driver.drain()
         in_flight = self.driver.progress.units_in_flight
-        self.driver.progress.notes.append(f"draining: {in_flight} units in flight {what}; Ctrl-C again stops at once")
+        self.driver.progress.notes.append(
+            f"draining: {in_flight} units in flight will be finished and committed; Ctrl-C again stops at once"
+        )
 
 
 def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _Interrupts) -> Progress:
@@ -205,6 +215,7 @@ def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _
     if cluster.dashboard:
         display.say(f"Dask dashboard: {cluster.dashboard}")
     interrupts.driver, interrupts.cluster = driver, cluster
+    watch = watch_evictions(lambda: interrupts.evict("Azure takes this machine away"))
     try:
         return driver.run(on_tick)
     except KeyboardInterrupt:
@@ -214,6 +225,8 @@ def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _
         progress.state = "failed"
         raise
     finally:
+        if watch is not None:
+            watch.close()
         tell_storage(Speed())
 
 

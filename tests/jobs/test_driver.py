@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from jobs.api import run
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.driver import Driver
+from jobs.driver import Flying
 from jobs.driver import Progress
+from jobs.driver import Tries
 from jobs.driver import may_submit
 from jobs.driver import next_step
+from jobs.driver import slow_unit
 from jobs.driver import units_at_once
 from jobs.plan import Plan
 from jobs.verify import verify
@@ -33,6 +37,7 @@ from schemas.errors import EngineDead
 from schemas.errors import EngineStartError
 from schemas.errors import ForeignOutput
 from schemas.errors import InputChanged
+from schemas.errors import ReplicaLost
 from schemas.errors import UnitError
 from schemas.job import JobSpec
 from schemas.manifest import UnitReport
@@ -70,7 +75,9 @@ class ScriptedCluster:
     def replicas(self) -> list[ReplicaState]:
         return list(self._replicas)
 
-    def submit(self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None]) -> None:
+    def submit(
+        self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
+    ) -> None:
         self.submitted.append((unit.index, attempt, self._clock.now if self._clock else 0.0))
         done(self._answer(unit, attempt))
 
@@ -79,6 +86,9 @@ class ScriptedCluster:
 
     def start_seconds(self) -> dict[str, float]:
         return {}
+
+    def evict(self) -> None:
+        return
 
     def close(self, *, at_once: bool = False) -> None:
         return
@@ -139,7 +149,6 @@ def test_units_are_submitted_until_every_window_is_full_and_two_units_overlap(
         (UnitError("x"), 2, "retry"),
         (UnitError("x"), 3, "give_up"),
         (InputChanged("x"), 1, "give_up"),
-        (EngineDead("x"), 3, "give_up"),
         (OSError("x"), 1, "retry"),
         (KeyError("x"), 3, "give_up"),
         (ForeignOutput("x"), 1, "stop"),
@@ -147,7 +156,66 @@ def test_units_are_submitted_until_every_window_is_full_and_two_units_overlap(
     ],
 )
 def test_a_failure_is_retried_given_up_or_stops_everything(error: BaseException, attempt: int, expected: str) -> None:
-    assert next_step(error, attempt, 3) == expected
+    assert next_step(error, Tries(attempts=attempt), 3) == expected
+
+
+def test_lost_replicas_cost_no_attempt_but_are_not_endless() -> None:
+    assert next_step(ReplicaLost("x"), Tries(losses=29), 1) == "retry"
+    assert next_step(ReplicaLost("x"), Tries(losses=30), 1) == "give_up"
+
+
+IDLE = [ReplicaState(name="idle", window_rows=16)]
+
+
+def flying(since: float, *, copies: int = 1, doubled: bool = False) -> Flying:
+    return Flying(unit=WorkUnit(index=0, ranges=()), since=since, copies=copies, doubled=doubled)
+
+
+@pytest.mark.parametrize(
+    ("flights", "usual_s", "idle", "now", "expected"),
+    [
+        ({1: flying(0.0), 2: flying(50.0)}, 20.0, IDLE, 61.0, 1),
+        ({1: flying(0.0)}, 20.0, IDLE, 59.0, None),  # three times the usual is not over
+        ({1: flying(0.0)}, 1.0, IDLE, 9.0, None),  # nothing to win on short units
+        ({1: flying(0.0)}, 20.0, [], 99.0, None),  # nobody has time
+        ({1: flying(0.0)}, None, IDLE, 99.0, None),  # nothing is known yet
+        ({1: flying(0.0, copies=2, doubled=True), 2: flying(1.0)}, 20.0, IDLE, 99.0, 2),
+        ({1: flying(0.0, doubled=True)}, 20.0, IDLE, 99.0, None),  # its copy failed: once is enough
+    ],
+)
+def test_the_slowest_unit_is_run_a_second_time_where_it_holds_up_the_end(
+    flights: dict[int, Flying], usual_s: float | None, idle: list[ReplicaState], now: float, expected: int | None
+) -> None:
+    assert slow_unit(flights, usual_s, idle, now) == expected
+
+
+class StuckCluster(ScriptedCluster):
+    """Never answers the first copy of unit 9, but says what it did when the second is done."""
+
+    def __init__(self, late: Result | None) -> None:
+        super().__init__(lambda unit, _: report_of(unit))
+        self._late = late
+        self.on: list[str | None] = []
+
+    def submit(
+        self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
+    ) -> None:
+        if unit.index == 9 and on is None:
+            self._stuck = done
+            return
+        if unit.index == 9:
+            self.on.append(on)
+            if self._late is not None:
+                self._stuck(self._late)
+        super().submit(out_uri, fingerprint, unit, attempt, done)
+
+
+@pytest.mark.parametrize("late", [None, UnitError("too late"), "report"])
+def test_a_unit_that_hangs_is_run_once_more_and_counted_once(accepted: Accepted, late: Result | None) -> None:
+    cluster = StuckCluster(report_of(accepted.plan.units[9]) if late == "report" else late)
+    progress = Driver(accepted, cluster, clock=FakeClock(5.0)).run()
+    assert (progress.state, progress.totals.units, progress.totals.rows, progress.failed) == ("complete", 10, 160, {})
+    assert cluster.on == ["scripted"]
 
 
 def test_every_unit_is_submitted_once_and_counted(accepted: Accepted) -> None:
@@ -194,8 +262,10 @@ def test_waiting_for_a_retry_does_not_hold_up_other_units(accepted: Accepted) ->
     assert order.index(0, 1) > 4
 
 
-def test_a_lost_engine_costs_an_attempt_and_no_row(accepted: Accepted) -> None:
-    cluster = ScriptedCluster(lambda unit, attempt: EngineDead("killed") if attempt == 1 else report_of(unit))
+@pytest.mark.parametrize("error", [EngineDead("killed"), ReplicaLost("gone")])
+def test_a_lost_engine_costs_no_attempt_and_no_row(make_job: MakeJob, accepted: Accepted, error: BaseException) -> None:
+    accepted = replace(accepted, job=make_job(limits={"attempts": 1}))
+    cluster = ScriptedCluster(lambda unit, attempt: error if attempt == 1 else report_of(unit))
     progress = Driver(accepted, cluster, clock=FakeClock(1.0)).run()
     assert (progress.state, progress.retries, progress.totals.rows) == ("complete", 10, 160)
 

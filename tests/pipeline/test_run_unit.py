@@ -22,17 +22,23 @@ from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.flight import Flight
+from pipeline.flight import Tag
 from pipeline.model import resolve_model
 from pipeline.read import identity_of
 from pipeline.render import Renderer
 from pipeline.render import load_tokenizer
 from pipeline.replica import Replica
+from pipeline.segments import folder_of
+from pipeline.segments import record_death
 from pipeline.unit import Tools
 from pipeline.unit import run_unit
 from schemas import layout
 from schemas.errors import EngineDead
+from schemas.errors import EngineEvicted
 from schemas.errors import ForeignOutput
 from schemas.errors import InputChanged
+from schemas.errors import ReplicaLost
 from schemas.errors import UnitError
 from schemas.job import JobSpec
 from schemas.manifest import UnitReport
@@ -52,14 +58,16 @@ class SmallEngine:
     def __init__(self, answers: Callable[[list[Request]], Iterable[Generation]]) -> None:
         self._answers = answers
         self.asked: list[Request] = []
+        self.calls: list[tuple[list[int], bool]] = []
 
     @property
     def info(self) -> EngineInfo:
         return INFO
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+    def generate(self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False) -> Iterator[Generation]:
         taken = list(requests)
         self.asked += taken
+        self.calls.append((sorted(request.position for request in taken), alone))
         yield from self._answers(taken)
 
     def counters(self) -> EngineCounters:
@@ -119,7 +127,7 @@ def prompts(count: int) -> pa.Table:
 
 
 def parts(out: Path) -> list[str]:
-    return sorted(path.name for path in out.glob("*")) if out.exists() else []
+    return sorted(path.name for path in out.glob("*") if path.name != layout.FOLDER) if out.exists() else []
 
 
 def committed(out: Path) -> pa.Table:
@@ -440,3 +448,120 @@ def test_a_unit_in_memory_runs_as_one_on_disk(write_table: WriteTable, make_job:
     result = run_on(replica, job, table.schema, WorkUnit(index=0, ranges=(rows,)))
     with storage.open_read("memory://run-unit/out/" + WorkUnit(index=0, ranges=()).part_name(result["report"]["fingerprint"])) as file:
         assert pq.read_table(file).column("id").to_pylist() == list(range(300))
+
+
+def leave_after(count: int, begun: dict[int, list[int]] | None = None) -> Callable[[list[Request]], Iterator[Generation]]:
+    """Answer some rows, in a shuffled order, then be asked to leave."""
+
+    def answers(requests: list[Request]) -> Iterator[Generation]:
+        yield from shuffled(requests)[:count]
+        raise EngineEvicted("asked to leave", begun)
+
+    return answers
+
+
+@pytest.mark.parametrize("count", [0, 1, 150, 299])
+def test_rows_that_an_evicted_replica_had_finished_are_not_generated_again(
+    write_table: WriteTable, job: JobSpec, out: Path, count: int
+) -> None:
+    table = prompts(300)
+    unit, first, second = unit_over(write_table(table), rows=300, position=40), SmallEngine(leave_after(count)), SmallEngine(shuffled)
+    with pytest.raises(ReplicaLost, match=f"{count} finished rows were saved"):
+        run_unit(unit, str(out), tools_for(job, table.schema, first))
+    assert parts(out) == []
+    report, outcome = run_unit(unit, str(out), tools_for(job, table.schema, second))
+    assert (outcome, report.rows, report.resumed_rows, len(second.asked)) == ("created", 300, count, 300 - count)
+    assert committed(out).select(["id", "prompt"]).equals(table)
+    assert committed(out).column("completion").to_pylist() == table.column("prompt").to_pylist()
+    assert report.completion_tokens == sum(len(text) + 1 for text in table.column("prompt").to_pylist())
+    assert storage.list_names(folder_of(str(out), report.fingerprint, 0)) == {}
+
+
+def test_a_part_is_the_same_whether_its_unit_was_interrupted_or_not(write_table: WriteTable, make_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+    job = make_job(input={"chat": False}, sampling={"logprobs": 0, "temperature": 1.0, "n": 2}, output={"token_ids": True})
+
+    def with_logprobs(requests: list[Request]) -> list[Generation]:
+        made = []
+        for request in shuffled_requests(requests):
+            values = [{"token_id": token, "logprob": -0.1, "top": [{"token_id": token, "logprob": -0.1}]} for token in request.token_ids]
+            choice = GeneratedChoice(token_ids=request.token_ids, finish_reason="length", logprobs=values)
+            made.append(Generation(position=request.position, choices=(choice, choice)))
+        return made
+
+    def leave(requests: list[Request]) -> Iterator[Generation]:
+        yield from with_logprobs(requests)[:100]
+        raise EngineEvicted("asked to leave")
+
+    table = pa.table({"prompt": pa.array([None if index % 7 == 0 else f"row {index}" for index in range(300)])})
+    unit = unit_over(write_table(table), rows=300)
+    whole, _ = run_unit(unit, str(tmp_path / "a"), tools_for(job, table.schema, SmallEngine(with_logprobs)))
+    for _ in range(2):
+        with pytest.raises(ReplicaLost):
+            run_unit(unit, str(tmp_path / "b"), tools_for(job, table.schema, SmallEngine(leave)))
+    pieces, _ = run_unit(unit, str(tmp_path / "b"), tools_for(job, table.schema, SmallEngine(with_logprobs)))
+    assert committed(tmp_path / "a").equals(committed(tmp_path / "b"))
+    assert (whole.digest, whole.errors, whole.finish_reasons) == (pieces.digest, pieces.errors, pieces.finish_reasons)
+    assert pieces.resumed_rows > 100
+
+
+def shuffled_requests(requests: list[Request]) -> list[Request]:
+    mixed = list(requests)
+    random.Random(5).shuffle(mixed)
+    return mixed
+
+
+def test_a_row_in_mid_generation_goes_on_from_its_tokens_where_that_is_exact(write_table: WriteTable, make_job: Callable[..., JobSpec], out: Path) -> None:
+    job = make_job(input={"chat": False, "sampling": "sampling"})
+    rows = [{"prompt": f"row {index}", "sampling": None} for index in range(3)]
+    rows[1]["sampling"] = '{"stop": ["x"]}'
+    table = pa.Table.from_pylist(rows)
+    unit = unit_over(write_table(table), rows=3)
+    with pytest.raises(ReplicaLost, match="0 finished rows"):
+        run_unit(unit, str(out), tools_for(job, table.schema, SmallEngine(leave_after(0, {0: HI, 1: HI}))))
+    second = SmallEngine(shuffled)
+    run_unit(unit, str(out), tools_for(job, table.schema, second))
+    assert {request.position: request.begun for request in second.asked} == {0: tuple(HI), 1: (), 2: ()}
+
+
+def test_rows_finished_before_an_engine_died_are_saved_too(write_table: WriteTable, job: JobSpec, out: Path) -> None:
+    def die(requests: list[Request]) -> Iterator[Generation]:
+        yield from shuffled(requests)[:20]
+        raise EngineDead("gone")
+
+    table, second = prompts(50), SmallEngine(shuffled)
+    unit = unit_over(write_table(table), rows=50)
+    with pytest.raises(EngineDead, match="gone"):
+        run_unit(unit, str(out), tools_for(job, table.schema, SmallEngine(die)))
+    report, _ = run_unit(unit, str(out), tools_for(job, table.schema, second))
+    assert (len(second.asked), report.resumed_rows) == (30, 20)
+
+
+def test_a_row_that_kills_engines_becomes_an_error_row_and_all_others_are_done(write_table: WriteTable, job: JobSpec, out: Path) -> None:
+    table = prompts(40)
+    unit = unit_over(write_table(table), rows=40, position=100)
+    deadly, deaths = 117, 0
+
+    def maybe_die(requests: list[Request]) -> list[Generation]:
+        if any(request.position == deadly for request in requests):
+            raise EngineDead("gone")
+        return shuffled(requests)
+
+    engine = SmallEngine(maybe_die)
+    tools = tools_for(job, table.schema, engine)
+    while not parts(out):
+        try:
+            report, _ = run_unit(unit, str(out), tools)
+        except EngineDead:  # as a supervisor does
+            deaths += 1
+            rows = {Tag(out_uri=str(out), fingerprint=tools.record.fingerprint, unit=0): frozenset(engine.calls[-1][0])}
+            record_death(Flight(moved_at=0.0, steps=1, rows_finished=0, rows=rows), "signal SIGSEGV")
+    made = committed(out)
+    assert made.column("id").to_pylist() == list(range(40))
+    assert [index for index, error in enumerate(made.column("error").to_pylist()) if error] == [17]
+    assert made.column("error")[17].as_py() == {
+        "kind": "kills_engine",
+        "message": "engines died 2 times with this row alone in them: signal SIGSEGV",
+    }
+    assert report.errors == {"kills_engine": 1}
+    assert deaths <= 9
+    assert all(alone for _, alone in engine.calls[2:-1])

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
 from pipeline.engine.simulated import SimulatedCore
+from pipeline.flight import Tag
+from pipeline.flight import read_flight
 from schemas.errors import EngineDead
 from schemas.errors import EngineError
+from schemas.errors import EngineEvicted
 from schemas.errors import EngineStartError
 from schemas.job import SimulatedOptions
 from schemas.prompts import RowError
@@ -65,6 +69,9 @@ class SmallCore:
     def abort(self, key: int) -> None:
         self.aborted.append(self.held.pop(key).position)
         self.gone.release()
+
+    def begun(self, key: int) -> list[int]:
+        return [9] * (self.held[key].position + 1)
 
     def step(self) -> list[tuple[int, Generation]]:
         if not self.ready.wait(0.01):
@@ -546,3 +553,97 @@ def test_counters_add_up_over_callers(start: Start) -> None:
 
 def test_the_engine_shows_its_cores_info(start: Start) -> None:
     assert start(SmallCore(max_num_seqs=3)).info == SmallCore(max_num_seqs=3).info
+
+
+TAG = Tag(out_uri="/out", fingerprint="f" * 64, unit=1)
+
+
+def test_an_evicted_engine_hands_over_what_is_finished_then_how_far_the_others_are(start: Start) -> None:
+    core = PickyCore()
+    engine = start(core)
+    answers = engine.generate([ask(1), ask(100), ask(101)])
+    core.first_may_go.set()
+    assert next(answers).position == 1
+    assert core.another.wait(PATIENCE_S)
+    engine.evict()
+    with pytest.raises(EngineEvicted) as found:
+        next(answers)
+    assert found.value.begun == {100: [9] * 101, 101: [9] * 102}
+    assert isinstance(engine.dead, EngineEvicted)
+    assert outcome_of(lambda: list(engine.generate([ask(2)]))).begun == {}
+    engine.close()
+    assert core.closed
+
+
+def test_each_caller_of_an_evicted_engine_hears_of_its_own_rows_and_none_hangs(start: Start) -> None:
+    core = SmallCore(max_num_seqs=4, ready=False)
+    engine = start(core)
+
+    def evict() -> None:
+        for _ in range(8):  # the window is full, one caller has rows waiting outside
+            assert core.took.acquire(timeout=PATIENCE_S)
+        engine.evict()
+
+    first, second, _ = in_threads(
+        lambda: list(engine.generate(map(ask, range(6)))), lambda: list(engine.generate(map(ask, range(10, 16)))), evict
+    )
+    assert isinstance(first, EngineEvicted)
+    assert isinstance(second, EngineEvicted)
+    assert set(first.begun) <= set(range(6))
+    assert set(second.begun) <= set(range(10, 16))
+    assert len(first.begun) + len(second.begun) == 8
+
+
+def test_rows_that_are_to_be_alone_wait_for_the_others_and_the_others_for_them(start: Start) -> None:
+    core = SmallCore(max_num_seqs=4, ready=False)
+    engine = start(core)
+    mixed: list[set[bool]] = []
+    step = core.step
+
+    def watched() -> list[tuple[int, Generation]]:
+        mixed.append({request.position >= 100 for request in core.held.values()})
+        return step()
+
+    core.step = watched  # type: ignore[method-assign]
+
+    def together(first: int) -> list[int]:
+        return [made.position for made in engine.generate(map(ask, range(first, first + 30)))]
+
+    def alone() -> list[int]:
+        assert core.took.acquire(timeout=PATIENCE_S)  # the others are inside
+        core.ready.set()
+        return [made.position for made in engine.generate(map(ask, range(100, 110)), alone=True)]
+
+    first, second, third = in_threads(lambda: together(0), lambda: together(40), alone)
+    assert (sorted(first), sorted(second), sorted(third)) == (list(range(30)), list(range(40, 70)), list(range(100, 110)))
+    assert {True, False} not in mixed
+    assert {True} in mixed
+
+
+def test_what_is_inside_is_recorded_while_it_is_inside(start: Start, tmp_path: Path) -> None:
+    core = PickyCore()
+    engine = ContinuousEngine(lambda: core, flight_path=tmp_path / "flight")
+    answers = engine.generate([ask(1), ask(100), ask(101)], tag=TAG)
+    core.first_may_go.set()
+    assert next(answers).position == 1
+    assert core.another.wait(PATIENCE_S)
+    found = read_flight(tmp_path / "flight")
+    assert found is not None
+    assert found.rows == {TAG: frozenset({100, 101})}
+    core.all_may_go.set()
+    assert sorted(made.position for made in answers) == [100, 101]
+    engine.close()
+    found = read_flight(tmp_path / "flight")
+    assert found is not None
+    assert (found.rows, found.rows_finished) == ({}, 3)
+    assert found.steps > 0
+
+
+@dies
+def test_the_record_of_an_engine_that_died_shows_what_was_inside(tmp_path: Path) -> None:
+    engine = ContinuousEngine(lambda: DyingCore(answers=1), flight_path=tmp_path / "flight")
+    with pytest.raises(EngineDead):
+        list(engine.generate([ask(1), ask(2), ask(3)], tag=TAG))
+    found = read_flight(tmp_path / "flight")
+    assert found is not None
+    assert found.rows == {TAG: frozenset({2, 3})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,5 +169,36 @@ def test_its_info_names_its_limits_and_rates() -> None:
     info = core(max_num_seqs=7).info
     assert (info.kind, info.max_num_seqs, info.max_model_len) == ("simulated", 7, MAX_LEN)
     assert info.options == {
-        "decode_tokens_per_s": 1e7, "prefill_tokens_per_s": 1e8, "max_num_seqs": 7, "start_s": 0.0, "lengths": "varied"
+        "decode_tokens_per_s": 1e7, "prefill_tokens_per_s": 1e8, "max_num_seqs": 7, "start_s": 0.0, "lengths": "varied",
+        "dies_on_token": None, "hangs_on_token": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("decoded_share", [0.1, 0.5, 0.9])
+def test_a_row_that_goes_on_from_its_tokens_ends_as_if_it_had_never_stopped(decoded_share: float) -> None:
+    whole = run(core(), [ask(position, ignore_eos=True) for position in range(5)])
+    first = core(decode_tokens_per_s=2000.0)
+    for key in range(5):
+        first.add(key, ask(key, ignore_eos=True))
+    while first.busy and all(len(first.begun(key)) < 16 * decoded_share for key in range(5)):
+        first.step()
+    begun = {key: first.begun(key) for key in range(5)}
+    rest = [replace(ask(key, ignore_eos=True), begun=tuple(begun[key])) for key in range(5)]
+    assert run(core(), rest) == whole
+
+
+def test_rows_that_cannot_go_on_exactly_have_nothing_begun() -> None:
+    slow = core(decode_tokens_per_s=10.0)
+    slow.add(0, ask(0, temperature=1.0, seed=1))
+    slow.add(1, ask(1, stop=["x"]))
+    slow.add(2, ask(2))
+    slow.step()
+    assert (slow.begun(0), slow.begun(1), slow.begun(7)) == ([], [], [])
+    assert slow.begun(2)
+
+
+def test_a_step_is_short_however_slow_the_engine_is() -> None:
+    slow = core(decode_tokens_per_s=0.001)
+    slow.add(0, ask(0))
+    assert slow.step() == []
+    assert slow.busy

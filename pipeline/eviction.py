@@ -1,0 +1,86 @@
+"""Hears from Azure that this machine is about to be taken away. Polls the metadata service's scheduled events; knows no replica.
+
+A spot machine gets a `Preempt` event at least 30 s before its end. The first answer may take up to two minutes (that is how the
+service is switched on), so polling starts with the process. Events name machines of the whole scale set: only our own counts.
+Source: Azure's "Scheduled Events for Linux VMs", API version 2020-07-01.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT_VARIABLE = "TOKENMILL_METADATA"
+"""The metadata service's address, `off`, or by default Azure's own where this is one of Azure's machines."""
+
+_AZURE = "http://169.254.169.254"
+_AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # the chassis asset tag of every Azure virtual machine
+_TAG_FILE = Path("/sys/class/dmi/id/chassis_asset_tag")
+_EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
+_INSTANCE = "/metadata/instance/compute?api-version=2021-02-01"
+_POLL_S = 1.0
+_TIMEOUT_S = 150.0  # the first call switches the service on
+
+
+def preempt_event(document: Any, machine: str) -> str | None:
+    """The id of the event that takes this machine away, if there is one."""
+    events = document.get("Events") if isinstance(document, dict) else None
+    for event in events if isinstance(events, list) else []:
+        if isinstance(event, dict) and event.get("EventType") == "Preempt" and machine in (event.get("Resources") or []):
+            return str(event.get("EventId", ""))
+    return None
+
+
+def metadata_address() -> str | None:
+    """Where to ask, or None where nobody would answer."""
+    said = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if said == "auto":
+        with contextlib.suppress(OSError):
+            return _AZURE if _TAG_FILE.read_text().strip() == _AZURE_TAG else None
+        return None
+    return None if said == "off" else said.rstrip("/")
+
+
+class EvictionWatch:
+    """Calls `on_preempt` once, from its own thread, when this machine is to go. A service that does not answer is asked again."""
+
+    def __init__(self, address: str, on_preempt: Callable[[], None]) -> None:
+        self._address, self._on_preempt = address, on_preempt
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="scheduled-events", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Does not wait for a request that is under way."""
+        self._ended.set()
+
+    def _poll(self) -> None:
+        machine = None
+        while not self._ended.wait(_POLL_S):
+            if machine is None:
+                machine = (self._ask(_INSTANCE) or {}).get("name")
+            if machine is not None and preempt_event(self._ask(_EVENTS), machine) is not None:
+                self._on_preempt()
+                return
+
+    def _ask(self, path: str) -> Any:
+        request = urllib.request.Request(self._address + path, headers={"Metadata": "true"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the service answers this machine only, never a proxy
+        try:
+            with opener.open(request, timeout=_TIMEOUT_S) as answer:
+                return json.load(answer)
+        except (OSError, ValueError):
+            return None
+
+
+def watch_evictions(on_preempt: Callable[[], None]) -> EvictionWatch | None:
+    """A watch over this machine, where there is somebody to ask."""
+    address = metadata_address()
+    return None if address is None else EvictionWatch(address, on_preempt)
