@@ -49,6 +49,7 @@ from schemas.manifest import UnitReport
 __all__ = ["PlanReport", "RunResult", "StoppedAtOnce", "cancel", "load_job", "plan", "run", "status", "verify"]
 
 _STATUS_EVERY_S = 5.0
+_YAML_CHARACTERS = 500
 _EXIT_CODES = {"complete": EXIT_COMPLETE, "failed": EXIT_UNITS_FAILED, "limit": EXIT_LIMIT_REACHED, "drained": EXIT_DRAINED}
 
 
@@ -72,8 +73,10 @@ def load_job_data(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise JobError(f"{path}: {error.strerror}; give a job file, or --model, --input, --prompt and --output") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date, number or character that is none
+        raise JobError(f"{path} is not YAML: {' '.join(str(error).split())[:_YAML_CHARACTERS]}") from None
+    except RecursionError:
+        raise JobError(f"{path} is nested too deeply for a job file") from None
     if not isinstance(data, dict):
         raise JobError(f"{path} holds {type(data).__name__}, expected a mapping with model, input and output")
     return data

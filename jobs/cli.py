@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -33,6 +34,11 @@ class _Group(click.Group):
         except TokenmillError as error:
             click.echo(f"tokenmill: {error}", err=True)
             raise click.exceptions.Exit(error.exit_code) from error
+        except OSError as error:  # a store that failed where nothing tries again
+            if error.errno == errno.EPIPE:
+                raise  # click's own: nobody reads what is printed
+            click.echo(f"tokenmill: {type(error).__name__}: {error}; what was committed stays, run the same command again", err=True)
+            raise click.exceptions.Exit(EXIT_UNITS_FAILED) from error
         except KeyboardInterrupt:
             click.echo("\nstopped", err=True)
             raise click.exceptions.Exit(EXIT_DRAINED) from None

@@ -72,5 +72,13 @@ def _write_manifest(uri: str, table: pa.Table) -> None:
     try:
         storage.create_once(uri, buffer.getvalue())
     except FileExistsError:
-        if not pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))).read(use_threads=False).equals(table):
+        if not _holds(storage.read_bytes(uri), table):
             storage.replace(uri, buffer.getvalue())
+
+
+def _holds(data: bytes, table: pa.Table) -> bool:
+    """Whether these bytes are that table; what cannot be read is not."""
+    try:
+        return bool(pq.ParquetFile(io.BytesIO(data)).read(use_threads=False).equals(table))
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return False

@@ -66,9 +66,16 @@ def check_unchanged(unit: WorkUnit) -> None:
 
 @contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """Raises pa.ArrowInvalid, FileNotFoundError or another OSError."""
-    with storage.open_read(uri) as file, pq.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES) as parquet:
-        yield parquet
+    """Raises pa.ArrowInvalid where it is no Parquet, or OSError, which has a number, where the store fails."""
+    try:
+        with storage.open_read(uri) as file, pq.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES) as parquet:
+            yield parquet
+    except UnicodeDecodeError as error:  # a damaged footer's column names
+        raise pa.ArrowInvalid(f"it holds a name that is not UTF-8: {error}") from error
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # Arrow's, about what it read
+            raise pa.ArrowInvalid(str(error)) from error
+        raise
 
 
 def read_unit(unit: WorkUnit, schema: pa.Schema, batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:

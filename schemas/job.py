@@ -147,6 +147,16 @@ class EngineSpec(Frozen):
     options: dict[str, Any] = {}
     """For vllm: its engine arguments, over the profile's. For simulated: its rates."""
 
+    @field_validator("options")
+    @classmethod
+    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """They lie in job.json."""
+        try:
+            json.dumps(options)
+        except (TypeError, ValueError, RecursionError):  # a date, bytes, or a YAML alias of what it stands in
+            raise ValueError("options hold something that JSON cannot: give texts, numbers, booleans, lists and mappings") from None
+        return options
+
     @model_validator(mode="after")
     def _known_options(self) -> Self:
         if self.kind == "simulated":

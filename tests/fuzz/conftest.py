@@ -41,7 +41,8 @@ def damage(data: bytes, seed: int, kind: str) -> bytes:
     return bytes(changed)
 
 
-KINDS = st.sampled_from(["flip", "footer", "cut", "grown", "random"])
+KIND_NAMES = ("flip", "footer", "cut", "grown", "random")
+KINDS = st.sampled_from(KIND_NAMES)
 SEEDS = st.integers(0, 2**32)
 
 
