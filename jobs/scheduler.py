@@ -27,6 +27,7 @@ from schemas.address import split_address
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import JobError
+from schemas.errors import root_cause
 
 SCHEDULER_CONFIG: dict[str, Any] = {
     **DASK_CONFIG,
@@ -116,8 +117,8 @@ async def _start(spec: SchedulerSpec, security: Any) -> Any:
     )
     try:
         await scheduler
-    except OSError as error:
-        raise JobError(f"--listen: cannot listen on {spec.listen}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # Dask wraps what went wrong
+        raise JobError(f"--listen: cannot listen on {spec.listen}: {root_cause(error)}") from None
     own = split_address(scheduler.address)[1]
     if host in _EVERYWHERE and own in _LOOPBACK:
         await scheduler.close(reason="no address")

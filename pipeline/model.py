@@ -41,6 +41,11 @@ class Model:
     """Numbers that one token adds to the KV cache, over all layers."""
 
     @property
+    def digests(self) -> dict[str, str]:
+        """Of what decides a job's output, by the names that a job's record has for them."""
+        return {"weights": self.weights_digest, "tokenizer": self.tokenizer_digest, "chat_template": self.template_digest}
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self.template_digest)
 

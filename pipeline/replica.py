@@ -137,8 +137,7 @@ def unit_tag(out_uri: str, fingerprint: str, unit: int) -> str:
 
 def wrong_replica(decides: Mapping[str, Any], model: Model, kind: str) -> str | None:
     """Why rows of a job, of which this decides the output, must not run on a model and an engine; None where they may."""
-    found = {"weights": model.weights_digest, "tokenizer": model.tokenizer_digest, "chat_template": model.template_digest}
-    for what, digest in found.items():
+    for what, digest in model.digests.items():
         if decides[what] != digest:
             return f"it holds {model.path}, whose {what} has digest {digest[:8] or 'none'}, expected {decides[what][:8] or 'none'}"
     if decides["engine"]["kind"] != kind:

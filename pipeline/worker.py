@@ -166,10 +166,9 @@ def main(config_path: str) -> int:
 
     if config.kind == "vllm":
         _start_reaper()
+    model = Model(**config.model)
     try:
-        replica = Replica(
-            name=config.name, model=Model(**config.model), kind=config.kind, options=config.options, flight_path=config.flight_path
-        )
+        replica = Replica(name=config.name, model=model, kind=config.kind, options=config.options, flight_path=config.flight_path)
     except Exception as error:  # the process's outermost: whatever it was, the driver must hear of it
         traceback.print_exc()
         message = str(error) if isinstance(error, TokenmillError) else f"{type(error).__name__}: {error}"
@@ -183,9 +182,8 @@ def main(config_path: str) -> int:
 
     said = {
         "versions": versions(),
-        "model": config.model["path"],
-        "weights": config.model["weights_digest"],
-        "tokenizer": config.model["tokenizer_digest"],
+        "model": model.path,
+        "digests": model.digests,
         "engine": config.kind,
         "start_s": ready["start_s"],
         "pid": os.getpid(),

@@ -43,8 +43,8 @@ from schemas.errors import root_cause
 from schemas.job import ClusterSpec
 from schemas.unit import WorkUnit
 
-_CONNECT_S = 10.0
-"""Also how long Dask's client tries to come back to a scheduler that is gone, where we would look for the next one."""
+_CONNECT_S = 5.0
+"""Before the address is looked up again, for the scheduler may be another one by then."""
 _ANSWER_S = 10.0
 _POLL_ANSWER_S = 2.0
 _CLOSE_S = 2.0
@@ -60,8 +60,8 @@ class Needs:
     """What every worker must have."""
 
     versions: Mapping[str, str]
-    weights_digest: str
-    tokenizer_digest: str
+    digests: Mapping[str, str]
+    """Of the model; see pipeline.model.Model.digests."""
     engine: str
 
 
@@ -82,7 +82,7 @@ def objections(needs: Needs, scheduler: Mapping[str, str], workers: Mapping[str,
     others = [
         f"{who} runs {said['model']} on engine {said['engine']}"
         for who, said in ours.items()
-        if (said["weights"], said["tokenizer"], said["engine"]) != (needs.weights_digest, needs.tokenizer_digest, needs.engine)
+        if (said["digests"], said["engine"]) != (needs.digests, needs.engine)
     ]
     problems += [f"{line}, which is not what this job asks for; start it with this job's file or model" for line in others[:_NAMED]]
     return problems
@@ -109,7 +109,7 @@ class AddressCluster:
         if spec.keys is not None:
             tls.check_apart(spec.keys, [uri for uri in (out_uri, spec.rendezvous) if uri is not None])
         self._spec, self._security = spec, tls.security(spec.keys)
-        self._needs = Needs(versions=versions(), weights_digest=model.weights_digest, tokenizer_digest=model.tokenizer_digest, engine=kind)
+        self._needs = Needs(versions=versions(), digests=model.digests, engine=kind)
         self._client: Client | None = None
         self._units: DaskUnits | None = None
         self._replicas: list[ReplicaState] = []

@@ -32,15 +32,14 @@ from tests.commands import listening
 from tests.conftest import build_tiny_model
 from tests.conftest import read_output
 
-NEEDS = Needs(
-    versions={"tokenmill": "1.0", "distributed": "2026.8.0", "python": "3.11"}, weights_digest="w", tokenizer_digest="t", engine="vllm"
-)
+DIGESTS = {"weights": "w", "tokenizer": "t", "chat_template": "c"}
+NEEDS = Needs(versions={"tokenmill": "1.0", "distributed": "2026.8.0", "python": "3.11"}, digests=DIGESTS, engine="vllm")
 OURS = dict(NEEDS.versions)
 
 
 def worker(name: str, **said: Any) -> dict[str, Any]:
     """As a scheduler identifies one of ours."""
-    ours = {"versions": OURS, "model": "llama", "weights": "w", "tokenizer": "t", "engine": "vllm", "start_s": 1.0, "pid": 1}
+    ours = {"versions": OURS, "model": "llama", "digests": DIGESTS, "engine": "vllm", "start_s": 1.0, "pid": 1}
     return {"name": name, METRICS_KEY: {**ours, **said}}
 
 
@@ -65,8 +64,8 @@ def test_other_versions_are_named_with_ours_beside_them(name: str) -> None:
     assert problem == f"worker a-0 (tls://a:1) has {name} 0.9, this process {OURS[name]}; install the same everywhere"
 
 
-@pytest.mark.parametrize("said", [{"weights": "x"}, {"tokenizer": "x"}, {"engine": "simulated"}])
-def test_a_worker_with_another_model_or_engine_is_named(said: dict[str, str]) -> None:
+@pytest.mark.parametrize("said", [*({"digests": {**DIGESTS, name: "x"}} for name in DIGESTS), {"engine": "simulated"}])
+def test_a_worker_with_another_model_or_engine_is_named(said: dict[str, Any]) -> None:
     (problem,) = objections(NEEDS, OURS, {"tls://a:1": worker("a-0", **said)})
     assert problem.startswith(f"worker a-0 (tls://a:1) runs llama on engine {said.get('engine', 'vllm')}, which is not what this job asks")
 
