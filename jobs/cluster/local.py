@@ -75,6 +75,8 @@ class LocalCluster:
         states = replica_states(self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"])
         if not states:
             self._supervisor.raise_if_hopeless()
+            if self._supervisor.ended:
+                self._units.lose_all("every replica has left")  # the scheduler would wait for another one for ever
         return states
 
     def submit(

@@ -254,7 +254,7 @@ def test_a_unit_that_cannot_be_done_is_given_up_with_its_reason_and_all_others_a
 
 
 def test_waiting_for_a_retry_does_not_hold_up_other_units(accepted: Accepted) -> None:
-    clock = FakeClock(0.3)
+    clock = FakeClock(0.1)
     cluster = ScriptedCluster(lambda unit, attempt: UnitError("no") if (unit.index, attempt) == (0, 1) else report_of(unit), clock=clock)
     assert Driver(accepted, cluster, clock=clock).run().state == "complete"
     order = [unit for unit, _, _ in cluster.submitted]
@@ -327,7 +327,9 @@ def test_units_in_flight_are_waited_for_when_draining(accepted: Accepted) -> Non
     asked = threading.Event()
 
     class Slow(ScriptedCluster):
-        def submit(self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None]) -> None:
+        def submit(
+            self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
+        ) -> None:
             def answer() -> None:
                 asked.wait()
                 done(report_of(unit))

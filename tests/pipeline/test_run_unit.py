@@ -111,7 +111,14 @@ def unit_over(*paths: Path, rows: int, index: int = 0, position: int = 0) -> Wor
 
 
 def record_of(job: JobSpec, schema: pa.Schema) -> JobRecord:
-    decides = dict.fromkeys(("plan", "weights", "tokenizer", "chat_template", "sampling", "prompt"), "x")
+    model = resolve_model(job.model)
+    decides = {
+        **dict.fromkeys(("plan", "sampling", "prompt"), "x"),
+        "weights": model.weights_digest,
+        "tokenizer": model.tokenizer_digest,
+        "chat_template": model.template_digest,
+        "engine": {"kind": "simulated"},
+    }
     data = job.model_dump(by_alias=True, exclude_unset=True, mode="json")
     return JobRecord(job=data, decides=decides, schema=encode_schema(schema), tool_version="1")
 

@@ -188,10 +188,10 @@ def test_a_row_that_goes_on_from_its_tokens_ends_as_if_it_had_never_stopped(deco
 
 
 def test_rows_that_cannot_go_on_exactly_have_nothing_begun() -> None:
-    slow = core(decode_tokens_per_s=10.0)
-    slow.add(0, ask(0, temperature=1.0, seed=1))
-    slow.add(1, ask(1, stop=["x"]))
-    slow.add(2, ask(2))
+    slow = core(decode_tokens_per_s=40.0)
+    slow.add(0, ask(0, temperature=1.0, seed=1, ignore_eos=True))
+    slow.add(1, ask(1, stop=["x"], ignore_eos=True))
+    slow.add(2, ask(2, ignore_eos=True))
     slow.step()
     assert (slow.begun(0), slow.begun(1), slow.begun(7)) == ([], [], [])
     assert slow.begun(2)
