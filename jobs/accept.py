@@ -184,7 +184,7 @@ def load_record(out_uri: str) -> JobRecord | None:
         raise JobError(f"output.uri: {out_uri} is a file; give a folder") from None
     except OSError as error:
         raise JobError(f"output.uri: cannot read {uri}: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise JobError(f"output.uri: {uri} is damaged ({error}); choose another output") from None
 
 
@@ -197,7 +197,7 @@ def load_plan(out_uri: str) -> Plan | None:
         return None
     except OSError as error:
         raise JobError(f"output.uri: cannot read {uri}: {error}") from error
-    except (pa.ArrowException, KeyError, TypeError) as error:
+    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise JobError(f"output.uri: {uri} is damaged ({error}); choose another output") from None
 
 

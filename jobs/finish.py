@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -60,9 +59,17 @@ def finish(accepted: Accepted) -> list[UnitReport]:
     storage.sweep_temporaries(accepted.out_uri)
     _write_manifest(storage.join(accepted.out_uri, layout.MANIFEST), table)
     success = json.dumps({"fingerprint": accepted.record.fingerprint, "units": len(parts), "rows": accepted.plan.num_rows})
-    with contextlib.suppress(FileExistsError):  # an earlier run closed the job
-        storage.create_once(storage.join(accepted.out_uri, layout.SUCCESS), success.encode())
+    _write_success(storage.join(accepted.out_uri, layout.SUCCESS), success.encode())
     return [report for report, _, _ in parts]
+
+
+def _write_success(uri: str, data: bytes) -> None:
+    """Created once; replaced only where it was damaged since, for every part has been checked."""
+    try:
+        storage.create_once(uri, data)
+    except FileExistsError:
+        if storage.read_bytes(uri) != data:
+            storage.replace(uri, data)
 
 
 def _write_manifest(uri: str, table: pa.Table) -> None:

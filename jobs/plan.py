@@ -113,8 +113,11 @@ class Plan:
 
     @classmethod
     def from_parquet(cls, data: bytes) -> Plan:
+        """Raises ValueError, TypeError, OSError or pa.ArrowException where it is no plan."""
         # Without Arrow's threads: a short command that ends while they start was seen to abort at exit.
         table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
+        if table.schema.names != _PLAN_SCHEMA.names or any(column.null_count for column in table.columns):
+            raise ValueError(f"its columns are {', '.join(table.schema.names)}, or lack values")
         ranges: dict[int, list[RowRange]] = {}
         for row in table.to_pylist():
             unit = ranges.setdefault(row.pop("unit"), [])

@@ -21,6 +21,15 @@ STALE_AFTER_S = 60.0
 """A driver that runs says so every few seconds."""
 
 
+_SAID: dict[str, tuple[type, ...]] = {
+    "state": (str,), "updated_at": (int, float), "host": (str,), "error_rows": (int,), "output_tokens_per_s": (int, float),
+    "eta_s": (int, float, type(None)), "failed_units": (dict,), "replicas": (list,),
+}  # fmt: skip
+"""What is read of status.json, which anybody may have written."""
+_FAR_S = 1e12
+"""Seconds beyond any clock, and not NaN."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
     """What storage knows of a job."""
@@ -68,10 +77,7 @@ def read_status(out_uri: str, *, now: float | None = None) -> Status:
     out_uri = storage.absolute(out_uri)
     record, plan = load_job_of(out_uri)
     done = committed_units(out_uri, record.fingerprint)
-    try:
-        said: dict[str, Any] = json.loads(storage.read_bytes(storage.join(out_uri, layout.STATUS)))
-    except (FileNotFoundError, ValueError):
-        said = {}
+    said = _said(out_uri)
     age_s = (now or time.time()) - said["updated_at"] if said else None
     state = said.get("state", "new")
     if state in ("starting", "running", "draining") and age_s is not None and age_s > STALE_AFTER_S:
@@ -90,6 +96,16 @@ def read_status(out_uri: str, *, now: float | None = None) -> Status:
         said=said,
         age_s=age_s,
     )
+
+
+def _said(out_uri: str) -> dict[str, Any]:
+    """The driver's last word; empty where there is none, or none that can be understood."""
+    try:
+        said = json.loads(storage.read_bytes(storage.join(out_uri, layout.STATUS)))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    whole = isinstance(said, dict) and all(key in said and isinstance(said[key], kinds) for key, kinds in _SAID.items())
+    return said if whole and abs(said["updated_at"]) < _FAR_S and abs(said["eta_s"] or 0) < _FAR_S else {}
 
 
 def cancel(out_uri: str) -> str:

@@ -54,6 +54,7 @@ def verify(out_uri: str) -> Verdict:
     verdict = Verdict(rows_expected=plan.num_rows, units=len(plan.units))
     if plan.digest != record.decides["plan"]:
         verdict.problems.append(f"{layout.PLAN} is not the plan that {layout.JOB} names; it was replaced or damaged")
+        return verdict  # of which rows there should be, nothing is known
     done, foreign = list_parts(out_uri, record.fingerprint)
     verdict.problems += foreign
     verdict.problems += [f"part of unit {index}, which the plan does not have" for index in sorted(set(done) - set(range(len(plan.units))))]

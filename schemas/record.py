@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.job import parse_job
 
@@ -44,9 +45,20 @@ class JobRecord:
 
     @classmethod
     def from_json(cls, data: bytes) -> JobRecord:
-        values = json.loads(data)
-        values.pop("fingerprint")
-        return cls(**values)
+        """Raises ValueError where it is not what `to_json` wrote."""
+        try:
+            values = json.loads(data)
+            said = values.pop("fingerprint")
+            record = cls(**values)
+            whole = record.fingerprint == said and isinstance(record.decides["plan"], str) and isinstance(record.tool_version, str)
+            _ = record.spec, record.input_schema
+        except JobError as error:
+            raise ValueError(f"its job is none: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        if not whole:
+            raise ValueError("its fingerprint is not that of what it holds")
+        return record
 
     def differences(self, other: JobRecord) -> list[str]:
         """What decides the output and is not the same in the other record, one line each."""
