@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.engine.continuous import ContinuousEngine
+from pipeline.engine.engine import Core
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
 from schemas.errors import EngineStartError
@@ -178,3 +180,41 @@ def test_an_engine_that_does_not_fit_says_why(tiny_model: Path) -> None:
 
     with pytest.raises(EngineStartError, match="cache blocks"):
         VllmCore(model_path=str(tiny_model), options={**OPTIONS, "kv_cache_memory_bytes": 4096})
+
+
+def test_a_row_taken_out_in_mid_generation_goes_on_from_its_tokens(engine: ContinuousEngine) -> None:
+    requests = [Request(position=i, token_ids=prompt_ids(i), sampling=Sampling(max_tokens=30, ignore_eos=True)) for i in range(3)]
+    whole = generate(engine, *requests)
+
+    def part_way(core: Core) -> list[list[int]]:
+        for key, request in enumerate(requests):
+            assert core.add(1000 + key, request) is None
+        for _ in range(11):
+            core.step()
+        begun = [core.begun(1000 + key) for key in range(3)]
+        for key in range(3):
+            core.abort(1000 + key)
+        return begun
+
+    begun = engine.borrow(part_way)
+    assert all(5 <= len(ids) < 30 for ids in begun)
+    assert [whole[i].choices[0].token_ids[: len(ids)] for i, ids in enumerate(begun)] == begun
+    rest = generate(engine, *(replace(request, begun=tuple(begun[i])) for i, request in enumerate(requests)))
+    assert rest == whole
+
+
+def test_rows_whose_next_token_depends_on_more_than_tokens_are_begun_anew(engine: ContinuousEngine) -> None:
+    settings: list[dict[str, Any]] = [{"temperature": 0.7}, {"stop": ["zzz"]}, {"repetition_penalty": 1.1}, {"logprobs": 1}]
+
+    def part_way(core: Core) -> list[list[int]]:
+        for key, values in enumerate(settings):
+            sampling = Sampling(max_tokens=30, ignore_eos=True, **values)
+            assert core.add(2000 + key, Request(position=key, token_ids=prompt_ids(key), sampling=sampling, seed=1)) is None
+        for _ in range(5):
+            core.step()
+        begun = [core.begun(2000 + key) for key in range(len(settings))]
+        for key in range(len(settings)):
+            core.abort(2000 + key)
+        return begun
+
+    assert engine.borrow(part_way) == [[]] * len(settings)
