@@ -44,7 +44,7 @@ class Point:
     name: str
     """The object's URI without what is unique to a run."""
     number: int
-    """Of that function's calls for that object, from 1."""
+    """Of a run's calls of that function for that object, from 1."""
     when: When
 
 
@@ -59,9 +59,10 @@ def store_calls() -> dict[str, Callable[..., Any]]:
 
 
 class FaultyStore:
-    """Stands before pipeline.storage. `arm` names the points that fail, each once."""
+    """Stands before pipeline.storage for everything below one place. `arm` names the points that fail, each once."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+        self._root = root
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._armed: set[Point] = set()
@@ -71,20 +72,32 @@ class FaultyStore:
             monkeypatch.setattr(storage, name, self._guard(name, function))
 
     def arm(self, points: Iterable[Point] = ()) -> None:
-        """Forget what was counted; fail at these points from now on."""
+        """Fail at these points from now on."""
+        with self._lock:
+            self._armed, self.fired, self.seen = set(points), [], set()
+
+    def begin_run(self) -> None:
+        """Calls are counted from here: a run's first call of a name is its first, whatever runs were before."""
         with self._lock:
             self._counts.clear()
-            self._armed, self.fired, self.seen = set(points), [], set()
+
+    @property
+    def waiting(self) -> int:
+        """Armed points that nothing came to yet."""
+        with self._lock:
+            return len(self._armed)
 
     @property
     def num_calls(self) -> int:
-        """Since `arm`."""
+        """Of this run."""
         with self._lock:
             return sum(self._counts.values())
 
     def _guard(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def guarded(uri: str, *args: Any, **kwargs: Any) -> Any:
+            if not uri.startswith(self._root):
+                return function(uri, *args, **kwargs)
             about = _UNIQUE.sub("*", uri)
             with self._lock:
                 self._counts[name, about] += 1
@@ -93,6 +106,8 @@ class FaultyStore:
                 raise self._error(name, about, "before it did anything")
             result = function(uri, *args, **kwargs)
             if self._fails(name, about, number, "after"):
+                if name == "open_read":
+                    result.close()
                 raise self._error(name, about, "after it took effect")
             if name == "open_read" and self._fails(name, about, number, "within"):
                 result = _Broken(result, self._error(name, about, "within"))
