@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 
 _NOBODY = "02:00:00:00:00:01"
 _DEVICE = "eth0"
+_DIE_S = 10.0
 _CLONE_NEWNET = 0x40000000
 
 
@@ -51,10 +53,13 @@ class Host:
     address: str
     port: str
     """Its end on the bridge."""
+    processes: list[Process] = field(default_factory=list)
+    """Started here, ended or not."""
 
     def start(self, *command: str, cwd: Path, environment: dict[str, str] | None = None) -> Process:
         """A process on this host, in a session of its own; what it prints goes to a file in `cwd`."""
-        return Process(self, list(command), cwd, environment or {})
+        self.processes.append(Process(self, list(command), cwd, environment or {}))
+        return self.processes[-1]
 
     def pids(self) -> list[int]:
         """Of every process on this host."""
@@ -75,6 +80,8 @@ class Host:
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait(_DIE_S)
 
 
 @contextmanager
