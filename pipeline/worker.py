@@ -222,7 +222,7 @@ def _start_reaper() -> None:
     A supervisor does the same, but may have been killed together with this process.
     """
     if os.getpgrp() == os.getpid():
-        script = f"trap '' TERM; while kill -0 {os.getpid()} 2>/dev/null; do sleep 1; done; kill -KILL -- -{os.getpid()}"
+        script = f"trap '' TERM; while kill -0 {os.getpid()} 2>/dev/null; do sleep 1; done; kill -s KILL -- -{os.getpid()}"
         subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

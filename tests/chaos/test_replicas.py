@@ -5,22 +5,31 @@ Real processes and real signals; the simulated engine dies or hangs where a prom
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.status import read_status
 from pipeline.eviction import ENVIRONMENT_VARIABLE
+from pipeline.model import resolve_model
+from pipeline.worker import WorkerConfig
 from schemas import layout
 from schemas.manifest import META_REPORT
 from schemas.manifest import UnitReport
@@ -166,3 +175,42 @@ def test_azures_notice_ends_the_run_within_its_thirty_seconds_and_keeps_what_is_
     assert segments(job, ".rows.parquet")
     job.complete_and_prove()
     assert sum(report.resumed_rows for report in reports(job)) > 0
+
+
+@pytest.mark.engine
+def test_an_engine_core_in_a_process_of_its_own_does_not_outlive_a_killed_worker(tiny_model: Path, tmp_path: Path) -> None:
+    """With its supervisor gone too, nobody but the worker's own reaper is left to end it."""
+    config = WorkerConfig(
+        name="r0",
+        model=asdict(resolve_model(str(tiny_model))),
+        kind="vllm",
+        options={"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20, "enforce_eager": True},
+        num_threads=2,
+        folder=str(tmp_path),
+        scheduler="tcp://127.0.0.1:9",  # nobody is there: it keeps looking
+        insecure=True,
+    )
+    config.save()
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "pipeline.worker", str(config.config_path)]
+    with config.log_path.open("wb") as log:
+        worker = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not (config.status_path.exists() and json.loads(config.status_path.read_text())["state"] == "ready"):
+            assert worker.poll() is None, config.log_path.read_text()[-3000:]
+            assert time.monotonic() < deadline, config.log_path.read_text()[-3000:]
+            time.sleep(0.5)
+        started = psutil.Process(worker.pid).children(recursive=True)
+        cores = [child for child in started if "EngineCore" in " ".join(child.cmdline()) or child.memory_info().rss > 200 << 20]
+        assert cores, [child.cmdline() for child in started]
+        worker.kill()
+        worker.wait()
+        assert gone(cores)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        assert worker.stdin is not None
+        worker.stdin.close()
