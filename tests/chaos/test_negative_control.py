@@ -24,9 +24,9 @@ from tests.chaos.naive import UNIT_ROWS
 pytestmark = pytest.mark.chaos
 
 _ROOT = Path(__file__).resolve().parents[2]
-_ROWS = 400
+_ROWS = 240
 _UNITS = _ROWS // UNIT_ROWS
-_KILLS = 8
+_KILLS = 6
 _SEEDS = (1, 2)
 _PATIENCE_S = 60.0
 
