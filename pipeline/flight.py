@@ -6,8 +6,10 @@ also when that was killed, stopped or hangs. Knows where a row stands, never wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
+import os
 import struct
 import threading
 import time
@@ -57,11 +59,11 @@ class FlightRecorder:
     """Writes the record. Rows and steps come from one thread, tags from any."""
 
     def __init__(self, path: Path, num_slots: int) -> None:
-        """Rows beyond `num_slots` at a time are not recorded."""
+        """Rows beyond `num_slots` at a time are not recorded. Raises OSError where the disk is full."""
         self._path = path
         size_bytes = _HEADER.size + num_slots * _SLOT.size
         with path.open("w+b") as file:
-            file.truncate(size_bytes)
+            os.posix_fallocate(file.fileno(), 0, size_bytes)  # a hole that cannot be filled later would kill the process
             self._map = mmap.mmap(file.fileno(), size_bytes)
         self._free = list(range(num_slots))
         self._steps = self._finished = 0
@@ -105,8 +107,9 @@ class FlightRecorder:
     def _write_tags(self) -> None:
         target = self._path.with_suffix(_TAGS)
         temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps({number: asdict(tag) for number, tag in self._tags.items()}))
-        temporary.replace(target)
+        with contextlib.suppress(OSError):  # on a full disk rows go unrecorded; that must not cost them
+            temporary.write_text(json.dumps({number: asdict(tag) for number, tag in self._tags.items()}))
+            temporary.replace(target)
 
 
 def read_flight(path: Path) -> Flight | None:

@@ -146,7 +146,8 @@ def _add_segment(history: History, name: str, data: bytes, unit: WorkUnit, finge
     try:
         table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
-        positions, ids = table.column(_POSITION).to_pylist(), table.column(_BEGUN).to_pylist()
+        positions: list[Any] = table.column(_POSITION).to_pylist()
+        ids: list[Any] = table.column(_BEGUN).to_pylist()
         columns = table.select(schema.names).replace_schema_metadata(None).cast(schema)
         rows = concat(pa.RecordBatch.from_pylist([], schema=schema), *columns.to_batches())
     except (pa.ArrowException, KeyError, ValueError, TypeError):

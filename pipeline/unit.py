@@ -344,7 +344,7 @@ class _Tally:
         self.digest.update(added.columns)
         self.prompt_tokens += int(pc.sum(added.column(_PROMPT_TOKENS)).as_py() or 0)
         self.completion_tokens += int(pc.sum(added.column(_COMPLETION_TOKENS)).as_py() or 0)
-        self.finish_reasons.update(added.column(_FINISH_REASON).to_pylist())
+        self.finish_reasons.update(map(str, added.column(_FINISH_REASON).to_pylist()))
         for row, error in enumerate(added.column(_ERROR).to_pylist()):
             if error is None:
                 continue

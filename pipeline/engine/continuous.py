@@ -23,6 +23,7 @@ from pipeline.flight import FlightRecorder
 from pipeline.flight import Tag
 from schemas.errors import EngineDead
 from schemas.errors import EngineEvicted
+from schemas.errors import EngineStartError
 
 _WINDOW_BATCHES = 2
 """Rows admitted per row of the engine's batch: enough waiting to refill every freed slot at once, and no more."""
@@ -219,7 +220,7 @@ class ContinuousEngine:
         return answer
 
     def evict(self) -> None:
-        """Stop between two steps: callers get the rows that are finished, then EngineEvicted with how far the others are. Returns at once."""
+        """Stop between two steps: callers get finished rows, then EngineEvicted with how far the others are. Returns at once."""
         with contextlib.suppress(EngineDead):
             self._send(_Evict())
 
@@ -242,7 +243,12 @@ class ContinuousEngine:
             started.put(error)
             return
         if self._flight_path is not None:
-            self._recorder = FlightRecorder(self._flight_path, window_rows(core.info.max_num_seqs))
+            try:
+                self._recorder = FlightRecorder(self._flight_path, window_rows(core.info.max_num_seqs))
+            except OSError as error:
+                core.close()
+                started.put(EngineStartError(f"cannot write {self._flight_path}: {error}"))
+                return
         started.put(core)
         try:
             while self._turn(core):

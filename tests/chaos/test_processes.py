@@ -389,6 +389,35 @@ def test_a_disk_without_a_single_byte_left_is_told_without_a_traceback(job: Job,
     job.complete_and_prove()
 
 
+@pytest.mark.parametrize("moment", ["before the start", "in mid-run"])
+def test_a_full_local_disk_of_workers_and_driver_loses_nothing(
+    job: Job, small_disk: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Logs, flight records and Dask's own files lie there, not the output."""
+    job.out = job.folder / "elsewhere"
+    job.write()
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    if moment == "before the start":
+        fill()
+    first = job.start()
+    if moment == "in mid-run":
+        first.wait_for(job.has_parts(2), "its first parts")
+        fill()
+    code = first.end()
+    assert "Traceback" not in first.stderr
+    if code != 0:
+        assert "No space left" in first.stdout + first.stderr
+    print(f"disk full {moment}: exit code {code}, {len(job.parts())} parts")
+    (small_disk / "filler").unlink()
+    job.complete_and_prove()
+
+
 def test_the_job_file_that_these_tests_write_is_a_job(job: Job) -> None:
     """The control of `Job.write`."""
     assert load_job(job.folder / "job.yaml").cluster.replicas == 2

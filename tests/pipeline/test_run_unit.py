@@ -484,7 +484,9 @@ def test_rows_that_an_evicted_replica_had_finished_are_not_generated_again(
     assert storage.list_names(folder_of(str(out), report.fingerprint, 0)) == {}
 
 
-def test_a_part_is_the_same_whether_its_unit_was_interrupted_or_not(write_table: WriteTable, make_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+def test_a_part_is_the_same_whether_its_unit_was_interrupted_or_not(
+    write_table: WriteTable, make_job: Callable[..., JobSpec], tmp_path: Path
+) -> None:
     job = make_job(input={"chat": False}, sampling={"logprobs": 0, "temperature": 1.0, "n": 2}, output={"token_ids": True})
 
     def with_logprobs(requests: list[Request]) -> list[Generation]:
@@ -517,7 +519,9 @@ def shuffled_requests(requests: list[Request]) -> list[Request]:
     return mixed
 
 
-def test_a_row_in_mid_generation_goes_on_from_its_tokens_where_that_is_exact(write_table: WriteTable, make_job: Callable[..., JobSpec], out: Path) -> None:
+def test_a_row_in_mid_generation_goes_on_from_its_tokens_where_that_is_exact(
+    write_table: WriteTable, make_job: Callable[..., JobSpec], out: Path
+) -> None:
     job = make_job(input={"chat": False, "sampling": "sampling"})
     rows = [{"prompt": f"row {index}", "sampling": None} for index in range(3)]
     rows[1]["sampling"] = '{"stop": ["x"]}'
