@@ -86,8 +86,8 @@ async def _serve(spec: SchedulerSpec, security: Any, say: Callable[[str], None])
     scheduler = await _start(spec, security)
     try:
         mine = await asyncio.to_thread(_publish, spec, scheduler.address)
-        number = f" with number {mine.number} in {spec.rendezvous}" if mine else ""
-        say(f"scheduler at {scheduler.address}{number}")
+        where = f" with number {mine.number} in {spec.rendezvous}" if mine else ""
+        say(f"scheduler at {scheduler.address}{where}")
         if spec.dashboard is not None:
             say(f"dashboard at http://127.0.0.1:{scheduler.http_server.port}/status, on this machine only")
         waits = [asyncio.create_task(stop.wait()), asyncio.create_task(scheduler.finished())]

@@ -212,7 +212,7 @@ def test_a_wrong_setting_is_refused(write_job: WriteJob, setting: str, message: 
         ("verify",),
         ("status",),
         ("cancel", "a", "b"),
-        ("worker", "/nowhere/config.json"),
+        ("worker", "--replicas", "0"),
         (),
     ],
 )
