@@ -59,13 +59,13 @@ class PartWriter:
                 batches.append(pa.RecordBatch.from_arrays(batch.columns[first:], schema=schema))
         return concat(*batches)
 
-    def finish(self, report: UnitReport, provenance: dict[str, Any]) -> memoryview:
+    def finish(self, report: UnitReport, provenance: dict[str, Any]) -> bytes:
         """The whole file, report and provenance in its footer."""
         self._flush()
         metadata: Any = {META_REPORT: report.to_json(), META_PROVENANCE: json.dumps(provenance).encode()}
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
-        return self._buffer.getbuffer()
+        return self._buffer.getvalue()  # which shares the memory, as nothing is written any more
 
     def _flush(self) -> None:
         if self._held_rows:
@@ -91,11 +91,11 @@ def read_report(uri: str) -> UnitReport:
     return report
 
 
-def commit(uri: str, data: memoryview | bytes, report: UnitReport) -> Outcome:
+def commit(uri: str, data: bytes, report: UnitReport) -> Outcome:
     """Create the part, or find out who did. Raises ForeignOutput where the name holds something else."""
     refused: BaseException | None = None
     try:
-        storage.create_once(uri, bytes(data))
+        storage.create_once(uri, data)
         return "created"
     except FileExistsError as error:
         refused = error

@@ -56,8 +56,8 @@ def next_trial(left: Collection[int], deaths: Sequence[Death]) -> Trial | None:
     calm = frozenset(left) - suspects
     if calm:
         return Trial(rows=calm, alone=False)
-    deadly: list[frozenset[int]] = [death.rows & suspects for death in deaths if not death.others and death.rows & suspects]
+    deadly = [death.rows & suspects for death in deaths if not death.others and death.rows & suspects]
     if not deadly:
         return Trial(rows=suspects, alone=True)
-    smallest = sorted(min(deadly, key=len))
-    return Trial(rows=frozenset(smallest[: max(1, len(smallest) // 2)]), alone=True)
+    smallest = min(deadly, key=len)
+    return Trial(rows=frozenset(sorted(smallest)[: max(1, len(smallest) // 2)]), alone=True)
