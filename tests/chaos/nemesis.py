@@ -78,12 +78,12 @@ class Nemesis:
                 self._walk(psutil.Process(root), None, found)
         return found
 
-    def strike(self) -> Fault | None:
-        """One fault of those possible now, at one process of those there; None where there is nobody."""
+    def strike(self, wanted: tuple[Kind, Target] | None = None) -> Fault | None:
+        """One fault of those possible now, or the one wanted, at one process of those there; None where there is nobody."""
         there = self.look()
         stopped = {process.pid for _, _, process in self._stopped}
         victims = {target: [process for process in processes if process.pid not in stopped] for target, processes in there.items()}
-        possible = [(kind, target) for kind, target in _WEIGHTS if victims.get(target)]
+        possible = [(kind, target) for kind, target in _WEIGHTS if victims.get(target) and wanted in (None, (kind, target))]
         if not possible:
             return None
         kind, target = self._moments.choices(possible, [_WEIGHTS[choice] for choice in possible])[0]

@@ -39,6 +39,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.flight import Flight
+from pipeline.flight import read_flight
 from tests.chaos.checker import History
 from tests.chaos.checker import check
 from tests.chaos.nemesis import Fault
@@ -52,6 +54,8 @@ _BAD_EVERY = 41
 _ORPHANS_PATIENCE_S = 40.0
 _LOOK_EVERY_S = 0.2
 _MAX_STARTS = 40
+_EARLY, _EARLY_S = 0.2, 6.0
+"""How often a start is struck before its first commit, and in which time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,14 +67,14 @@ class Pace:
     replicas: tuple[int, int]
     faults_per_job: tuple[int, int]
     gap_s: tuple[float, float]
-    """From one blow to the next."""
+    """From a commit, or from the last blow, to the next blow."""
     silence_s: float
     """Without a blow, a start or a commit: hung."""
 
 
 PACES = {
-    "simulated": Pace(rows=(320, 640), max_tokens=4, replicas=(1, 3), faults_per_job=(3, 8), gap_s=(0.3, 6.0), silence_s=180.0),
-    "vllm": Pace(rows=(192, 256), max_tokens=200, replicas=(1, 2), faults_per_job=(2, 4), gap_s=(10.0, 45.0), silence_s=400.0),
+    "simulated": Pace(rows=(400, 800), max_tokens=4, replicas=(1, 3), faults_per_job=(4, 9), gap_s=(0.1, 4.0), silence_s=180.0),
+    "vllm": Pace(rows=(192, 256), max_tokens=200, replicas=(1, 2), faults_per_job=(2, 4), gap_s=(1.0, 20.0), silence_s=400.0),
 }
 
 
@@ -86,6 +90,8 @@ class Figures:
     undeserved_errors: int = 0
     rows_generated: int = 0
     """Rows that engines finished, as their flight records say."""
+    rows_cut: int = 0
+    """Rows that were inside engines when those ended."""
     damage: Counter[str] = field(default_factory=Counter)
     recovery_s: list[float] = field(default_factory=list)
     """From a fault to the next commit of its job."""
@@ -111,12 +117,18 @@ class Figures:
             "other_damage": {name: count for name, count in self.damage.items() if name not in _NAMED_DAMAGE},
             "recovery_s": {"p50": _percentile(self.recovery_s, 0.5), "p99": _percentile(self.recovery_s, 0.99), "of": len(self.recovery_s)},
             "rows_generated": self.rows_generated,
-            "share_repeated": round(max(0, self.rows_generated - (self.rows - self.error_rows)) / max(1, self.rows - self.error_rows), 4),
+            "rows_cut_off": self.rows_cut,
+            "share_repeated": round(self._repeated / max(1, self.rows - self.error_rows), 4),
             "exit_codes": {str(code): count for code, count in sorted(self.exit_codes.items())},
             "troubles": self.troubles,
             "loss_per_fault_at_most": _rule_of_three(len(self.faults)) if not self.damage else None,
             "wall_s": round(self.wall_s, 1),
         }
+
+    @property
+    def _repeated(self) -> int:
+        """Rows generated beyond those in the outputs, and those that were cut off, as if each had been nearly done."""
+        return max(0, self.rows_generated - (self.rows - self.error_rows)) + self.rows_cut
 
     def _by_kind(self) -> Counter[tuple[str, str]]:
         return Counter((fault.kind, fault.target) for fault in self.faults)
@@ -223,6 +235,7 @@ class Storm:
         figures.error_rows += found.error_rows
         figures.undeserved_errors += max(0, found.error_rows - bad)
         figures.rows_generated += chase.rows_generated
+        figures.rows_cut += chase.rows_cut
         figures.damage.update(found.damage)
         figures.damage.update({"changed_after_commit": len(history.changed) + len(history.vanished)} if not history.fine else {})
         figures.exit_codes.update(chase.exit_codes)
@@ -249,11 +262,11 @@ class _Chase:
         self.folder, self._scratch, self._site = folder, scratch, site
         self._pace, self._moments, self._num_faults = pace, moments, num_faults
         self._drivers: list[Running] = []
-        self._flights: dict[Path, int] = {}
-        self.rows_generated = 0
+        self._flights: dict[Path, Flight] = {}
+        self.rows_generated = self.rows_cut = 0
         self._read_flights()  # what was before does not count
         self.nemesis = Nemesis(self._roots, moments)
-        self.starts = self.rows_generated = 0
+        self.starts = self.rows_generated = self.rows_cut = 0
         self.exit_codes: Counter[int] = Counter()
         self.troubles: list[str] = []
         self.orphans: list[psutil.Process] = []
@@ -261,7 +274,7 @@ class _Chase:
     def run(self, history: History) -> None:
         """Raises TimeoutError where nothing moves any more."""
         self._start()
-        next_blow = time.monotonic() + self._moments.uniform(0.2, self._pace.gap_s[1])
+        next_blow = self._first_blow()
         moved_at, parts = time.monotonic(), 0
         while self._drivers or not self.exit_codes[0]:
             now = time.monotonic()
@@ -273,21 +286,35 @@ class _Chase:
             self._take_ended()
             if not self._drivers and not self.exit_codes[0]:
                 self._start()
-                moved_at = now
+                moved_at, next_blow = now, self._first_blow()
             if history.parts != parts:
                 parts, moved_at = history.parts, now
+                next_blow = min(next_blow, now + self._moments.uniform(*self._pace.gap_s))
             if len(self.nemesis.faults) < self._num_faults and now >= next_blow:
                 fault = self.nemesis.strike()
                 next_blow = now + self._moments.uniform(*self._pace.gap_s)
                 if fault is not None:
                     moved_at = now
-                    if (fault.kind, fault.target) == ("SIGSTOP", "driver") and self._moments.random() < 0.5:
-                        self._start()  # somebody takes the silent one for dead
+                    self._follow(fault)
             if now - moved_at > self._pace.silence_s:
                 raise TimeoutError(self._describe(f"nothing moved for {self._pace.silence_s:.0f} s"))
             time.sleep(0.03)
         self.orphans = self.nemesis.left(_ORPHANS_PATIENCE_S, but=self._site.pids if self._site else [])
         self._read_flights()
+
+    def _follow(self, fault: Fault) -> None:
+        """What makes zombies of stopped processes: others take over before they wake."""
+        if fault.kind != "SIGSTOP" or self._moments.random() < 0.5:
+            return
+        if fault.target == "driver":
+            self._start()  # somebody takes the silent one for dead
+        elif fault.target in ("worker", "engine") and self._site is None:
+            self.nemesis.strike(("SIGKILL", "driver"))  # the next one's workers get the units that the stopped one has
+
+    def _first_blow(self) -> float:
+        """Mostly once there is work in flight, which the next commit shows; now and then while things come up."""
+        early = self._moments.random() < _EARLY
+        return time.monotonic() + (self._moments.uniform(0.1, _EARLY_S) if early else self._pace.silence_s)
 
     def close(self) -> None:
         for driver in self._drivers:
@@ -314,15 +341,17 @@ class _Chase:
                 self.troubles.append(f"a traceback (exit code {driver.process.returncode}):\n{driver.stderr[-3000:]}")
 
     def _read_flights(self) -> None:
-        """Rows finished by every engine that ever ran here; a record that starts again from less is a new engine's."""
-        from pipeline.flight import read_flight
-
-        for path in self._scratch.glob("tokenmill-*/*.flight"):
-            flight = read_flight(path)
-            if flight is not None:
-                before = self._flights.get(path, 0)
-                self.rows_generated += flight.rows_finished - (before if flight.rows_finished >= before else 0)
-                self._flights[path] = flight.rows_finished
+        """Rows finished by every engine that ever ran here; a record that starts again is a new engine's."""
+        there = {path: flight for path in self._scratch.glob("tokenmill-*/*.flight") if (flight := read_flight(path)) is not None}
+        for path, before in list(self._flights.items()):
+            now = there.get(path)
+            if now is None or now.steps < before.steps:
+                self.rows_cut += before.num_rows
+                del self._flights[path]
+        for path, flight in there.items():
+            before = self._flights.get(path)
+            self.rows_generated += flight.rows_finished - (before.rows_finished if before else 0)
+            self._flights[path] = flight
 
     def _describe(self, what: str) -> str:
         said = "\n".join(driver.stderr[-3000:] for driver in self._drivers)
