@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from distributed import Client
 from distributed import LocalCluster
+from distributed import Scheduler
+from distributed import SpecCluster
+from distributed import Worker
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
@@ -14,6 +19,7 @@ from jobs.cluster.dask_units import DaskUnits
 from jobs.cluster.dask_units import replica_states
 from pipeline.worker import METRICS_KEY
 from schemas.errors import ReplicaLost
+from schemas.errors import UnitError
 from schemas.unit import WorkUnit
 
 UNITS = [WorkUnit(index=index, ranges=()) for index in range(3)]
@@ -70,3 +76,57 @@ def test_a_client_that_is_closed_answers_too(client: Client) -> None:
     (only,) = answers.by_unit[0]
     assert isinstance(only, ReplicaLost)
     assert "could not be sent" in str(only)
+
+
+class Named:
+    """What stands in a worker for a replica; its reports say where they come from."""
+
+    class Engine:
+        dead = None
+
+    def __init__(self, name: str) -> None:
+        self.name, self.engine = name, self.Engine()
+
+    def run(self, out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[str, Any]:
+        if unit["index"] == 99:
+            raise UnitError(f"unit 99 to {out_uri} cannot be done")
+        return {"report": {"worker": self.name, "unit": unit["index"]}, "outcome": "created"}
+
+
+@pytest.fixture
+def two_workers() -> Iterator[Client]:
+    """Workers a-0 and b-0, in threads of this process."""
+    options = {"host": "127.0.0.1", "nthreads": 24, "dashboard_address": "127.0.0.1:0"}
+    workers = {name: {"cls": Worker, "options": options} for name in ("a-0", "b-0")}
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
+    with (
+        SpecCluster(scheduler=scheduler, workers=workers, silence_logs=50) as cluster,
+        Client(cluster, set_as_default=False) as made,
+    ):
+        for name, worker in cluster.workers.items():
+            worker.replica = Named(name)
+        yield made
+
+
+def answers_of(client: Client, units: list[WorkUnit], on: str | None) -> list[Result]:
+    got: queue.SimpleQueue[Result] = queue.SimpleQueue()
+    flight = DaskUnits(client)
+    for unit in units:
+        flight.submit("out", "f" * 64, unit, 1, got.put, on)
+    return [got.get(timeout=30) for _ in units]
+
+
+def test_a_unit_runs_on_the_replica_that_is_named_where_there_is_one(two_workers: Client) -> None:
+    units = [WorkUnit(index=index, ranges=()) for index in range(8)]
+    for name in ("a-0", "b-0"):
+        found = [answer["report"]["worker"] for answer in answers_of(two_workers, units, name) if isinstance(answer, dict)]
+        assert found == [name] * 8
+    gone = answers_of(two_workers, units, "c-0")
+    assert sorted(answer["report"]["unit"] for answer in gone if isinstance(answer, dict)) == list(range(8))
+
+
+def test_what_a_unit_raises_comes_back_as_it_is(two_workers: Client) -> None:
+    (answer,) = answers_of(two_workers, [WorkUnit(index=99, ranges=())], None)
+    assert isinstance(answer, UnitError)
+    assert not isinstance(answer, ReplicaLost)
+    assert str(answer) == "unit 99 to out cannot be done"

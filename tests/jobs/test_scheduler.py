@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +113,32 @@ def test_our_configuration_takes_effect_in_its_process(start: StartScheduler, ke
             lambda dask_scheduler: (dask_scheduler.allowed_failures, dask_scheduler.WORKER_SATURATION, dask_scheduler.UNKNOWN_TASK_DURATION)
         )
     assert found == (0, 1.0, 600.0)
+
+
+@pytest.mark.chaos
+def test_its_pages_show_no_logs_and_take_no_orders(tmp_path: Path, keys: str) -> None:
+    command = Command(tmp_path / "logs", "scheduler", "--listen", "tls://127.0.0.1:0", "--keys", keys, "--dashboard", "127.0.0.1:0")
+    try:
+        command.wait_for("dashboard at ")
+        (place,) = re.findall(r"^dashboard at (http://127\.0\.0\.1:\d+)/status, on this machine only", command.log, re.MULTILINE)
+        assert listening(command.family()) == {"127.0.0.1"}
+
+        def status(path: str) -> int:
+            try:
+                with urllib.request.urlopen(place + path, timeout=30) as answer:
+                    code: int = answer.status
+                    return code
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code
+
+        open_pages = {path: status(path) for path in ("/health", "/status")}
+        assert open_pages == {"/health": 200, "/status": 200}
+        others = ["/info/main/workers.html", "/info/logs.html", "/json/identity.json", "/proxy/8787/127.0.0.1/status"]
+        others.append("/api/v1/retire_workers")
+        assert {status(path) for path in others} == {404}
+    finally:
+        command.kill()
 
 
 @pytest.mark.chaos

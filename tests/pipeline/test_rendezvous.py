@@ -21,13 +21,15 @@ from pipeline.rendezvous import successor
 from schemas.errors import JobError
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", pytest.param("azurite", marks=pytest.mark.azurite)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "local":
         yield str(tmp_path / "cluster")
-    else:
+    elif request.param == "memory":
         yield "memory://rendezvous-test/cluster"
         fsspec.filesystem("memory").store.clear()
+    else:
+        yield f"az://{request.getfixturevalue('container')}/cluster"
 
 
 def test_the_highest_number_counts_and_other_names_do_not() -> None:
