@@ -33,13 +33,19 @@ from click.testing import CliRunner
 
 import jobs.driver
 import pipeline.replica
+from jobs.accept import accept
 from jobs.api import run
 from jobs.cli import main
 from jobs.verify import verify
 from pipeline import storage
+from pipeline.flight import Flight
+from pipeline.flight import Tag
+from pipeline.segments import record_death
+from pipeline.segments import save_segment
 from schemas.errors import TokenmillError
 from schemas.job import JobSpec
 from schemas.job import parse_job
+from schemas.unit import WorkUnit
 from tests.chaos.checker import History
 from tests.chaos.checker import check
 from tests.chaos.faults import COMPOSITE
@@ -80,6 +86,7 @@ class Rig:
     def __init__(self, root: str, model: Path, store: FaultyStore) -> None:
         self.root, self.store, self._model = root, store, model
         self.figures = Figures()
+        self._begun: dict[str, bytes] = {}
         self.reset()
         for number in range(_OBJECTS):
             ids = range(number * _ROWS_EACH, (number + 1) * _ROWS_EACH)
@@ -108,10 +115,38 @@ class Rig:
         )
 
     def reset(self) -> None:
-        """An empty output."""
+        """The output as a strike begins: empty, or begun by a run that was evicted."""
         fs, path = fsspec.core.url_to_fs(self.out_uri)
         if fs.exists(path):
             fs.rm(path, recursive=True)
+        for name, data in self._begun.items():
+            with fsspec.open(f"{self.out_uri}/{name}", "wb", auto_mkdir=True) as file:
+                file.write(data)
+
+    def begin_with_segments(self, job: JobSpec) -> int:
+        """From now on every strike begins where replicas were evicted and died: half of each unit's rows lie in segments.
+
+        The rows are those of a real run. Returns how many lie there.
+        """
+        assert self._run(job) == "complete"
+        accepted, saved = accept(job), 0
+        fingerprint = accepted.record.fingerprint
+        for unit in accepted.plan.units:
+            with fsspec.open(f"{self.out_uri}/{unit.part_name(fingerprint)}", "rb") as file:
+                table = pq.read_table(file)
+            half = table.select(table.column_names[2:]).slice(0, unit.num_rows // 2).combine_chunks().to_batches()[0]
+            positions = range(unit.position, unit.position + half.num_rows)
+            save_segment(unit, self.out_uri, fingerprint, positions=positions, rows=half, begun={}, engine={})
+            saved += half.num_rows
+        lost = Tag(out_uri=self.out_uri, fingerprint=fingerprint, unit=1)
+        last = unit_rows(accepted.plan.units[1])[-3:]
+        record_death(Flight(moved_at=0.0, steps=9, rows_finished=9, rows={lost: frozenset(last)}), "signal SIGKILL")
+        fs, path = fsspec.core.url_to_fs(self.out_uri)
+        names = [
+            str(name) for name in fs.find(path) if "/part-" not in str(name) and not str(name).endswith(("SUCCESS", "manifest.parquet"))
+        ]
+        self._begun = {name.split("/out/", 1)[1]: fs.cat_file(name) for name in names}
+        return saved
 
     def points(self, job: JobSpec) -> list[Point]:
         """Every call of a whole run and of a run over a finished output, each way of failing. Sorted, so that a seed means something."""
@@ -166,6 +201,11 @@ class Rig:
         assert found.error_rows == 0, told
         verdict = verify(self.out_uri)
         assert (verdict.problems, verdict.complete) == ([], True), told
+
+
+def unit_rows(unit: WorkUnit) -> range:
+    """Positions in the input table."""
+    return range(unit.position, unit.position + unit.num_rows)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -231,6 +271,19 @@ def test_a_store_that_fails_while_planning_costs_no_input_file_where_unreadable_
     assert points
     for point in points:
         rig.strike(job, [point])
+
+
+def test_a_single_failure_where_evicted_units_are_taken_up_costs_no_row(rig: Rig) -> None:
+    """Segments are read, added to, and removed behind the commit."""
+    job = rig.job()
+    saved = rig.begin_with_segments(job)
+    points = rig.points(job)
+    assert any(point.function == "read_bytes" and "/segments/" in point.name for point in points)
+    assert any(point.function == "remove" and "/segments/" in point.name for point in points)
+    for point in points:
+        rig.strike(job, [point])
+    print(f"\n{rig.root.split('://')[0][:6]}: {len(points)} points over {saved} saved rows, one by one: {rig.figures}")
+    assert rig.figures.fired == rig.figures.points == len(points)
 
 
 def test_the_command_tells_a_failure_without_a_traceback_and_with_an_exit_code(rig: Rig, tmp_path: Path) -> None:

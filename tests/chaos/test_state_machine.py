@@ -14,6 +14,7 @@ import errno
 import functools
 import io
 import itertools
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck
+from hypothesis import Phase
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
@@ -35,6 +37,7 @@ from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
 from hypothesis.stateful import run_state_machine_as_test
 
+import pipeline.replica
 from jobs.accept import Accepted
 from jobs.accept import accept
 from jobs.accept import store
@@ -43,7 +46,9 @@ from jobs.verify import verify
 from pipeline import storage
 from pipeline.model import resolve_model
 from pipeline.replica import Replica
+from pipeline.segments import save_segment
 from schemas import layout
+from schemas.errors import ForeignOutput
 from schemas.errors import InputChanged
 from schemas.errors import JobError
 from schemas.errors import UnitError
@@ -58,6 +63,7 @@ from tests.conftest import build_tiny_model
 _OBJECTS, _ROWS_EACH = 2, 40
 """Five units, the third of which reads both objects."""
 _OPTIONS = {"decode_tokens_per_s": 1e7, "prefill_tokens_per_s": 1e8}
+_EXAMPLES = int(os.environ.get("TOKENMILL_EXAMPLES", "20"))
 _numbers = itertools.count()
 
 
@@ -107,19 +113,24 @@ class Job(RuleBasedStateMachine):
     @rule(number=st.integers(0, 7))
     def freeze_before_the_commit(self, number: int) -> None:
         """An attempt stops just before it creates its part, and is taken for dead."""
-        unit = self.any_unit(number)
+        frozen = self.frozen_attempt(self.any_unit(number))
+        if frozen is not None:
+            self.zombies.append(frozen)
 
-        create = storage.create_once
-
-        def freeze(uri: str, data: bytes, *how: Any) -> None:
-            if "/part-" not in uri:
-                create(uri, data, *how)
-                return
-            self.zombies.append((uri, data))
-            raise Crash
-
-        with self.blind(), mock.patch.object(storage, "create_once", freeze), contextlib.suppress(Crash, UnitError):
-            self.attempt(unit)
+    @precondition(lambda self: self.accepted is not None and self.todo())
+    @rule(number=st.integers(0, 7), rows=st.sets(st.integers(0, 15), max_size=8))
+    def evict(self, number: int, rows: set[int]) -> None:
+        """An attempt saves some finished rows, and is gone before its commit."""
+        assert self.accepted is not None
+        unit = self.todo()[number % len(self.todo())]
+        frozen = self.frozen_attempt(unit)
+        if frozen is None or not rows:
+            return
+        table = pq.read_table(io.BytesIO(frozen[1]))
+        kept = table.select(table.column_names[2:]).take(sorted(rows)).combine_chunks().to_batches()[0]
+        positions = [unit.position + row for row in sorted(rows)]
+        fingerprint = self.accepted.record.fingerprint
+        save_segment(unit, self.out_uri, fingerprint, positions=positions, rows=kept, begun={}, engine={})
 
     @precondition(lambda self: self.zombies)
     @rule(number=st.integers(0, 7))
@@ -291,6 +302,22 @@ class Job(RuleBasedStateMachine):
         assert self.accepted is not None
         return self.replica.run(self.out_uri, self.accepted.record.fingerprint, unit.to_dict())
 
+    def frozen_attempt(self, unit: WorkUnit) -> tuple[str, bytes] | None:
+        """The part that an attempt was about to create when it stopped; None where it did not come that far."""
+        frozen: list[tuple[str, bytes]] = []
+        create = storage.create_once
+
+        def freeze(uri: str, data: bytes, *how: Any) -> None:
+            if "/part-" not in uri:
+                create(uri, data, *how)
+                return
+            frozen.append((uri, bytes(data)))
+            raise Crash
+
+        with self.blind(), mock.patch.object(storage, "create_once", freeze), contextlib.suppress(Crash, UnitError):
+            self.attempt(unit)
+        return frozen[0] if frozen else None
+
     @contextlib.contextmanager
     def blind(self) -> Iterator[None]:
         """As an attempt that looked before anybody had committed."""
@@ -306,25 +333,63 @@ class Job(RuleBasedStateMachine):
             yield
 
 
-def test_no_order_of_events_loses_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipeline.replica
+@pytest.fixture(scope="module", autouse=True)
+def replica() -> Iterator[None]:
+    """One for all examples, as a node's replica serves one job after the other; the tokenizer is loaded once."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(pipeline.replica, "load_tokenizer", functools.cache(pipeline.replica.load_tokenizer))
+        Job.model = build_tiny_model(Path(folder) / "model")
+        options = SimulatedOptions(**_OPTIONS).model_dump()
+        Job.replica = Replica(name="machine-0", model=resolve_model(str(Job.model)), kind="simulated", options=options)
+        yield
+        Job.replica.close()
 
-    monkeypatch.setattr(pipeline.replica, "load_tokenizer", functools.cache(pipeline.replica.load_tokenizer))  # the real one, once
-    with tempfile.TemporaryDirectory() as folder:
-        model = build_tiny_model(Path(folder) / "model")
-        Job.model = model
-        Job.replica = Replica(
-            name="machine-0", model=resolve_model(str(model)), kind="simulated", options=SimulatedOptions(**_OPTIONS).model_dump()
-        )
-        try:
-            run_state_machine_as_test(
-                Job,
-                settings=settings(
-                    max_examples=int(os.environ.get("TOKENMILL_EXAMPLES", "20")),
-                    stateful_step_count=25,
-                    deadline=None,
-                    suppress_health_check=list(HealthCheck),
-                ),
-            )
-        finally:
-            Job.replica.close()
+
+def look(num_examples: int, *phases: Phase) -> None:
+    """Let hypothesis search for an order of events that breaks something."""
+    run_state_machine_as_test(
+        Job,
+        settings=settings(
+            max_examples=num_examples,
+            stateful_step_count=25,
+            deadline=None,
+            phases=phases or tuple(Phase),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_no_order_of_events_loses_a_row() -> None:
+    look(_EXAMPLES)
+
+
+def overwrite(uri: str, data: bytes, *_: Any) -> None:
+    """What `open(..., "wb")` does."""
+    storage.replace(uri, data)
+
+
+def test_the_search_finds_a_store_that_lets_late_writers_overwrite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the fence."""
+    monkeypatch.setattr(storage, "probe", lambda *_: None)
+    monkeypatch.setattr(storage, "create_once", overwrite)
+    with pytest.raises(AssertionError):
+        look(100, Phase.generate)
+
+
+def test_the_search_finds_a_commit_that_comes_short_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the bijection: a part whose last row is lost on its way into the store, with a report that fits."""
+    create = storage.create_once
+
+    def short(uri: str, data: bytes, *how: Any) -> None:
+        if "/part-00000001" in uri:
+            table = pq.read_table(io.BytesIO(data))
+            buffer, meta = io.BytesIO(), table.schema.metadata
+            report = {**json.loads(meta[b"tokenmill.report"]), "rows": table.num_rows - 1}
+            meta = {**meta, b"tokenmill.report": json.dumps(report).encode()}
+            pq.write_table(table.slice(0, table.num_rows - 1).replace_schema_metadata(meta), buffer)
+            data = buffer.getvalue()
+        create(uri, data, *how)
+
+    monkeypatch.setattr(storage, "create_once", short)
+    with pytest.raises((AssertionError, ForeignOutput)):
+        look(20, Phase.generate)
