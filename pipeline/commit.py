@@ -20,7 +20,7 @@ from schemas.manifest import UnitReport
 
 Outcome = Literal["created", "acknowledgement_lost", "race_lost", "already"]
 
-_ROW_GROUP_ROWS = 8192
+_ROW_GROUP_ROWS = 4096
 
 
 def concat(*batches: pa.RecordBatch) -> pa.RecordBatch:
