@@ -64,9 +64,7 @@ class Azurite:
 
     @property
     def connection_string(self) -> str:
-        return (
-            f"DefaultEndpointsProtocol={self.scheme};AccountName={self.account};AccountKey={self.key};BlobEndpoint={self.endpoint};"
-        )
+        return f"DefaultEndpointsProtocol={self.scheme};AccountName={self.account};AccountKey={self.key};BlobEndpoint={self.endpoint};"
 
     def at(self, port: int) -> Azurite:
         """The same service through a proxy on another port."""

@@ -205,8 +205,8 @@ def _refusal(request: Request, fault: Fault) -> bytes:
     status, code = ("503 Service Unavailable", b"ServerBusy") if fault == "busy" else ("500 Internal Server Error", b"InternalError")
     body = b"" if request.method == "HEAD" else _ERROR_BODY % code
     retry = "Retry-After: 1\r\n" if fault == "busy" else ""
-    head = f"HTTP/1.1 {status}\r\nx-ms-error-code: {code.decode()}\r\n{retry}Content-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    fields = f"x-ms-error-code: {code.decode()}\r\n{retry}Content-Type: application/xml\r\nContent-Length: {len(body)}"
+    return f"HTTP/1.1 {status}\r\n{fields}\r\n\r\n".encode() + body
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes] | None:

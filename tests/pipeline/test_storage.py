@@ -217,9 +217,9 @@ def test_joining_does_not_double_slashes() -> None:
 def test_no_name_from_inputs_or_job_fields_leads_out_of_the_output(
     tmp_path: Path, make_job: Callable[..., JobSpec], write_table: Any
 ) -> None:
-    """Names of parts are ours alone; odd names of files, columns and fields stay what they are: data."""
-    write_table([{"prompt": "a", "../../column": "x"}], name="in/..parquet.parquet")
-    write_table([{"prompt": "b", "../../column": "y"}], name="in/a/..b/%2e%2e%2f.parquet")
+    """Names of parts are ours alone; odd names of files, columns and fields stay what they are: data. (A leading dot hides a file.)"""
+    write_table([{"prompt": "a", "../../column": "x"}], name="in/x..parquet")
+    write_table([{"prompt": "b", "../../column": "y"}], name="in/a/b../%2e%2e%2f.parquet")
     write_table([{"prompt": "c", "../../column": "z"}], name="in/a/ .. /x\\..\\y.parquet")
     job = make_job(name="a..b", input={"uri": str(tmp_path / "in")}, output={"uri": str(tmp_path / "out"), "prefix": "../../"})
     before = set(tmp_path.rglob("*"))
