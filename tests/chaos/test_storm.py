@@ -14,7 +14,7 @@ from tests.chaos.storm import Figures
 
 pytestmark = pytest.mark.chaos
 
-_FAULTS = 12
+_FAULTS = 10
 _SEED = 20261125
 
 
