@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -437,4 +438,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background: nothing may be left running
+        signal.signal(number, lambda *_: sys.exit(130))
     sys.exit(main())
