@@ -159,6 +159,12 @@ class BlobFileSystem(AzureBlobFileSystem):  # type: ignore[misc]
 class _Patience(ExponentialRetry):
     """Waits of about 1, 2, 4, ... s between tries, or what the store asks for. The SDK's own first one is 18 s."""
 
+    def increment(self, settings: dict[str, Any], request: Any, response: Any = None, error: Any = None) -> bool:
+        """Whether to try again; not for a token that is refused: azure-identity has tried again already, where that may help."""
+        if isinstance(error, ClientAuthenticationError):
+            return False
+        return bool(super().increment(settings, request, response, error))
+
     def get_backoff_time(self, settings: dict[str, Any]) -> float:
         wait_s = _FIRST_WAIT_S * 2 ** settings["count"] * random.uniform(0.5, 1.0)
         response = settings["history"][-1].http_response if settings["history"] else None

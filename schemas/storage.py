@@ -48,6 +48,14 @@ class CredentialSpec(Frozen):
     file: str | None = None
     """The path of a file that holds the secret; read again when it changes, so that it can be rotated in mid-run."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret_as_a_key(cls, fields: Any) -> Any:
+        """Pydantic quotes a key that it does not know."""
+        if isinstance(fields, dict) and any(looks_secret(str(key)) for key in fields):
+            raise ValueError("a key looks like a secret itself (not shown); expected kind, client_id, env and file")
+        return fields
+
     @field_validator("env", "file")
     @classmethod
     def _names_and_does_not_hold(cls, value: str | None) -> str | None:
