@@ -114,13 +114,21 @@ def _weight_files(path: Path, name: str) -> list[Path]:
         weight_map = _read_json(index, name).get("weight_map")
         if not isinstance(weight_map, dict):
             raise JobError(f"model: {index} has no weight_map; copy the checkpoint whole")
-        files = [path / str(file) for file in sorted(set(weight_map.values()))]
+        files = [path / file for file in _plain_names(weight_map, index)]
     else:
         files = sorted(path.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise JobError(f"model: {name} lacks {', '.join(missing) or 'its *.safetensors weights'}; copy the checkpoint whole")
     return files
+
+
+def _plain_names(weight_map: dict[str, Any], index: Path) -> list[str]:
+    """The checkpoint's own files alone: a path would have any file of this machine read, and its digest told."""
+    for file in weight_map.values():
+        if not isinstance(file, str) or file in ("", ".", "..") or {"/", "\\", "\0"} & set(file):
+            raise JobError(f"model: weight_map in {index} names {str(file)[:80]!r}, expected a plain name of a file beside it")
+    return sorted(set(weight_map.values()))
 
 
 def _template_digest(path: Path, name: str) -> str:

@@ -22,6 +22,8 @@ _ALLOWED = {"schemas": {"schemas"}, "pipeline": {"schemas", "pipeline"}, "jobs":
 
 _DASK_CLUSTERS = {"jobs/cluster/local.py", "jobs/cluster/address.py", "jobs/cluster/dask_units.py"}
 _OWNERS = {
+    "adlfs": {"pipeline/azure_blob.py"},
+    "azure": {"pipeline/azure_blob.py", "pipeline/credentials.py"},
     "vllm": {"pipeline/engine/vllm.py"},
     "torch": {"pipeline/engine/vllm.py"},
     "click": {"jobs/cli.py"},

@@ -145,6 +145,21 @@ def test_shards_are_those_of_the_index_and_a_missing_one_is_named(checkpoint: Pa
     assert resolve_model(str(checkpoint)).weights_bytes == len(data) + 4
 
 
+@pytest.mark.parametrize("place", ["absolute", "../secret", "sub/secret", "..", ".", "", "a\\b", 7, None, ["secret"], "a\0b"])
+def test_an_index_that_names_more_than_files_beside_it_is_refused(checkpoint: Path, tmp_path: Path, cache: Path, place: Any) -> None:
+    """A hostile checkpoint could have any file of this machine hashed."""
+    (checkpoint / "sub").mkdir()
+    for secret in (tmp_path / "secret", checkpoint / "sub" / "secret"):
+        secret.write_text("not ours to read")
+    named = str(tmp_path / "secret") if place == "absolute" else place
+    index = {"weight_map": {"x": "model.safetensors", "y": named}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refusal(checkpoint)
+    assert "model.safetensors.index.json names" in message
+    assert message.endswith("expected a plain name of a file beside it")
+    assert not cache.exists()  # no digest was made
+
+
 def test_an_index_without_its_map_is_refused(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text("{}")
     assert "model.safetensors.index.json" in refusal(checkpoint)
