@@ -130,11 +130,11 @@ class BlobFileSystem(AzureBlobFileSystem):  # type: ignore[misc]
             return [cls._strip_protocol(item) for item in path]
         return str(path).lstrip("/")
 
-    def split_path(self, path: str, delimiter: str = "/", **_: Any) -> tuple[str, str, None]:
+    def split_path(self, path: str, delimiter: str = "/", **options: Any) -> tuple[str, str, None]:
         container, _, name = path.lstrip("/").partition(delimiter)
         return container, name, None
 
-    async def _find(self, path: str, withdirs: bool = False, prefix: str = "", **_: Any) -> dict[str, dict[str, Any]]:
+    async def _find(self, path: str, withdirs: bool = False, prefix: str = "", **options: Any) -> dict[str, dict[str, Any]]:
         """Every blob below a folder, with details. Raises FileNotFoundError where there is no such container.
 
         adlfs's own gives nothing for a missing container, and another type where a blob has the folder's name.
@@ -145,7 +145,7 @@ class BlobFileSystem(AzureBlobFileSystem):  # type: ignore[misc]
         found = {details["name"]: details for details in await self._details(listed)}
         return {name: details for name, details in found.items() if withdirs or details["type"] == "file"}
 
-    async def _ls(self, path: str, detail: bool = True, **_: Any) -> list[dict[str, Any]]:
+    async def _ls(self, path: str, detail: bool = True, **options: Any) -> list[dict[str, Any]]:
         """What lies directly in a folder; empty where nothing does. Raises FileNotFoundError where there is no such container.
 
         adlfs's own also walks every folder whose name only begins like this one.
@@ -169,7 +169,7 @@ class _Patience(ExponentialRetry):
         wait_s = _FIRST_WAIT_S * 2 ** settings["count"] * random.uniform(0.5, 1.0)
         response = settings["history"][-1].http_response if settings["history"] else None
         asked = response.headers.get("Retry-After", "") if response is not None else ""
-        return min(max(wait_s, float(asked) if asked.isdigit() else 0.0), _LONGEST_WAIT_S)
+        return float(min(max(wait_s, float(asked) if asked.isdigit() else 0.0), _LONGEST_WAIT_S))
 
 
 def as_os_error(error: Exception, uri: str, spec: StorageSpec) -> OSError:

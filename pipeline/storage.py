@@ -137,7 +137,7 @@ def _os_errors(call: Callable[Concatenate[str, Given], Answer]) -> Callable[Conc
     """
 
     @functools.wraps(call)
-    def guarded(uri: str, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+    def guarded(uri: str, /, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
         try:
             return call(uri, *args, **kwargs)
         except (OSError, TokenmillError):
