@@ -86,6 +86,6 @@ def _write_manifest(uri: str, table: pa.Table) -> None:
 def _holds(data: bytes, table: pa.Table) -> bool:
     """Whether these bytes are that table; what cannot be read is not."""
     try:
-        return bool(pq.ParquetFile(io.BytesIO(data)).read(use_threads=False).equals(table))
+        return bool(pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False).equals(table))
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         return False

@@ -115,7 +115,7 @@ class Plan:
     def from_parquet(cls, data: bytes) -> Plan:
         """Raises ValueError, TypeError, OSError or pa.ArrowException where it is no plan."""
         # Without Arrow's threads: a short command that ends while they start was seen to abort at exit.
-        table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
+        table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
         if table.schema.names != _PLAN_SCHEMA.names or any(column.null_count for column in table.columns):
             raise ValueError(f"its columns are {', '.join(table.schema.names)}, or lack values")
         ranges: dict[int, list[RowRange]] = {}
