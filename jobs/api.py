@@ -141,9 +141,7 @@ def make_cluster(accepted: Accepted) -> Cluster:
     from jobs.cluster.local import LocalCluster
 
     at_once = units_at_once(accepted.plan, window_rows(cut.options["max_num_seqs"]))
-    return LocalCluster(
-        plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once, silence_s=job.limits.engine_silence_s
-    )
+    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once, silence_s=job.limits.engine_silence_s)
 
 
 class _Interrupts:

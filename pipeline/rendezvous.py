@@ -63,7 +63,7 @@ def look_up(uri: str) -> Rendezvous | None:
     where = storage.join(uri, name_of(number))
     try:
         entry = Rendezvous(**json.loads(storage.read_bytes(where)))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise JobError(f"{where} is not a rendezvous of this version: {error}; remove it, or name another folder") from None
     if entry.number != number or not isinstance(entry.address, str):
         raise JobError(f"{where} says number {entry.number!r} and address {entry.address!r}; remove it, or name another folder")

@@ -104,6 +104,7 @@ def test_a_create_that_takes_effect_late_is_not_found_any_more(place: str) -> No
     [
         b"",
         b"not json",
+        b"[" * 100_000,
         b"[]",
         b'{"number": 3}',
         b'{"number": 4, "address": "tls://h:1", "made_at": 1}',

@@ -94,7 +94,7 @@ def test_a_key_that_everybody_may_read_is_refused(tmp_path: Path) -> None:
 def test_files_of_two_sets_are_refused(tmp_path: Path) -> None:
     one, two = (make_keys(tmp_path / name, valid_days=3).folder for name in ("one", "two"))
     (one / NODE_CERTIFICATE).write_bytes((two / NODE_CERTIFICATE).read_bytes())
-    with pytest.raises(JobError, match="was not signed by ca.pem there; copy all three files of one set"):
+    with pytest.raises(JobError, match=r"was not signed by ca\.pem there; copy all three files of one set"):
         read_keys(one)
 
 
@@ -222,7 +222,7 @@ def test_nobody_without_a_certificate_is_let_in(make_security: MakeSecurity, tmp
                 writer.close()
                 assert heard == []
 
-    with pytest.raises(ssl.SSLError, match="(?i)certificate required"):
+    with pytest.raises(ssl.SSLError, match=r"(?i)certificate required"):
         asyncio.run(both())
 
 
