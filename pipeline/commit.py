@@ -52,7 +52,7 @@ class PartWriter:
         self._flush()
         self._writer.close()
         first = len(self._schema) - len(schema)
-        parquet = pq.ParquetFile(self._buffer)
+        parquet = pq.ParquetFile(self._buffer, pre_buffer=False)
         batches = [pa.RecordBatch.from_pylist([], schema=schema)]
         for index in range(parquet.num_row_groups):
             for batch in parquet.read_row_group(index, use_threads=False).to_batches():

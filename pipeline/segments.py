@@ -144,7 +144,7 @@ def _read_death(data: bytes, unit: WorkUnit, fingerprint: str) -> Death | None:
 def _add_segment(history: History, name: str, data: bytes, unit: WorkUnit, fingerprint: str, schema: pa.Schema) -> History:
     """The history with one more segment, or as it was where that is not this unit's."""
     try:
-        table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
+        table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
         positions: list[Any] = table.column(_POSITION).to_pylist()
         ids: list[Any] = table.column(_BEGUN).to_pylist()

@@ -246,9 +246,7 @@ class _Finished:
 class _Pass:
     """One way through a unit's rows: some are generated, the others are known already or of no interest."""
 
-    def __init__(
-        self, unit: WorkUnit, tools: Tools, history: History, out_uri: str, clock: _Clock, trial: Trial | None = None
-    ) -> None:
+    def __init__(self, unit: WorkUnit, tools: Tools, history: History, out_uri: str, clock: _Clock, trial: Trial | None = None) -> None:
         self.unit, self.tools = unit, tools
         self.chunks: deque[_Chunk] = deque()
         """Read and not yet complete, in input order."""
