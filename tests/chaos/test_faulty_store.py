@@ -48,9 +48,11 @@ from tests.chaos.proxy import before
 
 pytestmark = [pytest.mark.chaos, pytest.mark.azurite]
 
-_SEEDS = [int(seed) for seed in os.environ.get("TOKENMILL_STORE_SEEDS", "1 2 3 4 5 6").split()]
+_SEEDS = [int(seed) for seed in os.environ.get("TOKENMILL_STORE_SEEDS", "1 2 3").split()]
 _LOCAL_SEEDS = _SEEDS[:1]
 _ROWS = 200
+_FIRST_WAIT_S = 0.05
+"""In place of half a second, in this process: as many tries, sooner. Workers, processes of their own, wait as always."""
 _PATIENCE_S = 90.0
 """When a test gives up waiting for something to happen."""
 
@@ -113,6 +115,7 @@ class Site:
 def site(azurite: Azurite, container: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """With its input; nothing fails yet."""
     with before(azurite) as proxy:
+        monkeypatch.setattr("pipeline.azure_blob._FIRST_WAIT_S", _FIRST_WAIT_S)
         monkeypatch.setenv("THROUGH_THE_PROXY", proxy.service.connection_string)
         made = Site(service=azurite, proxy=proxy, bucket=container, model=tiny_model)
         made.put_input()
@@ -195,7 +198,6 @@ def test_each_kind_of_fault_alone_is_outlived_within_one_run(site: Site, fault: 
 
 
 def test_a_store_that_fails_all_the_time_is_an_error_and_no_hang(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.azure_blob._FIRST_WAIT_S", 0.01)
     site.proxy.harass(1, 1.0, kinds=["busy", "error_before", "reset_before"])
     monkeypatch.setattr("pipeline.azure_blob._LONGEST_WAIT_S", 0.05)
     tried = attempt(site.job())
@@ -296,7 +298,7 @@ def test_a_busy_store_is_left_alone_for_as_long_as_it_asks(site: Site, part_uri:
     site.proxy.strike("Put Blob", "busy")
     began = time.monotonic()
     storage.create_once(part_uri, b"x")
-    assert time.monotonic() - began >= 1.0  # Retry-After: 1; a shorter first wait is otherwise as likely as not
+    assert time.monotonic() - began >= 1.0  # Retry-After: 1, where its own first wait is shorter
 
 
 # Things taken away in mid-run.
@@ -375,7 +377,7 @@ def sas_recipe(site: Site, **place: str) -> StorageSpec:
 
 def test_a_sas_that_ends_in_mid_run_says_so_and_a_new_one_goes_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_SAS", site.service.sas(site.bucket, lifetime_s=6))
-    job = site.job(storage_=sas_recipe(site, env="THE_SAS"), engine=slow_engine(12))  # 17 s of work
+    job = site.job(storage_=sas_recipe(site, env="THE_SAS"), engine=slow_engine(20))  # 10 s of work
     run = InBackground(job)
     run.wait_for(lambda: len(parts_of(site)) >= 1)
     ended = run.join()
@@ -397,7 +399,7 @@ def test_with_a_rotated_sas_file_the_same_run_goes_on(site: Site, tmp_path: Path
     lifetime_s = 6
     began = time.monotonic()
     secret.write_text(site.service.sas(site.bucket, lifetime_s=lifetime_s))
-    run = InBackground(site.job(storage_=sas_recipe(site, file=str(secret)), engine=slow_engine(12)))
+    run = InBackground(site.job(storage_=sas_recipe(site, file=str(secret)), engine=slow_engine(20)))
     run.wait_for(lambda: len(parts_of(site)) >= 1)
     secret.write_text(site.service.sas(site.bucket))
     ended = run.join()

@@ -104,9 +104,9 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     yield from make_store(request)
 
 
-@pytest.fixture(params=["local", *AZURE])
+@pytest.fixture(params=["local", AZURE[0]])
 def shared_store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    """Each store that several processes can reach."""
+    """Each store that several processes can reach; abfss is az by another name."""
     yield from make_store(request)
 
 
@@ -202,9 +202,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_32_threads_one_wins_whole_where_it_takes_many_blocks(azure: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of two writers of one name must not mix."""
     small_blocks(monkeypatch)
-    for number in range(3):
+    for number in range(2):
         race(azure.at(f"{number:02d}"), 32, 200_000)
-    assert azure.names() == [f"{number:02d}" for number in range(3)]
+    assert azure.names() == [f"{number:02d}" for number in range(2)]
 
 
 _WRITER = """
@@ -225,7 +225,7 @@ for turn in range(rounds):
 
 
 def test_of_several_processes_one_wins_whole(shared_store: Store, tmp_path_factory: pytest.TempPathFactory) -> None:
-    num_writers, rounds, signals = 3, 40, tmp_path_factory.mktemp("signals")
+    num_writers, rounds, signals = 3, 15, tmp_path_factory.mktemp("signals")
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", _WRITER, shared_store.root, str(number), str(rounds), str(signals)],
