@@ -18,6 +18,7 @@ import psutil
 Target = Literal["worker", "engine", "node", "scheduler", "driver"]
 Kind = Literal["SIGKILL", "SIGTERM", "SIGSTOP"]
 
+KINDS: tuple[Kind, ...] = ("SIGKILL", "SIGTERM", "SIGSTOP")
 _WEIGHTS: dict[tuple[Kind, Target], int] = {
     ("SIGKILL", "worker"): 5,
     ("SIGTERM", "worker"): 3,
@@ -63,9 +64,9 @@ def role_of(process: psutil.Process) -> Target | None:
 class Nemesis:
     """Strikes at processes below `roots`. Owns those it has stopped, and whatever it ever saw."""
 
-    def __init__(self, roots: Callable[[], list[int]], moments: random.Random) -> None:
+    def __init__(self, roots: Callable[[], list[int]], moments: random.Random, kinds: Collection[Kind] = KINDS) -> None:
         """`roots` gives the ids of the processes that were started last and still run."""
-        self._roots, self._moments = roots, moments
+        self._roots, self._moments, self._kinds = roots, moments, kinds
         self._seen: dict[tuple[int, float], psutil.Process] = {}
         self._stopped: list[tuple[float, int, psutil.Process]] = []
         self.faults: list[Fault] = []
@@ -83,7 +84,10 @@ class Nemesis:
         there = self.look()
         stopped = {process.pid for _, _, process in self._stopped}
         victims = {target: [process for process in processes if process.pid not in stopped] for target, processes in there.items()}
-        possible = [(kind, target) for kind, target in _WEIGHTS if victims.get(target) and wanted in (None, (kind, target))]
+        possible = [choice for choice in _WEIGHTS if choice[0] in self._kinds and victims.get(choice[1])]
+        possible = [choice for choice in possible if wanted in (None, choice)]
+            (kind, target) for kind, target in _WEIGHTS if kind in self._kinds and victims.get(target) and wanted in (None, (kind, target))
+        ]
         if not possible:
             return None
         kind, target = self._moments.choices(possible, [_WEIGHTS[choice] for choice in possible])[0]

@@ -3,7 +3,7 @@
     python -m tests.chaos.storm --faults 300 --seed 1
     python -m tests.chaos.storm --faults 300 --seed 1 --store azurite --json storm.json
     python -m tests.chaos.storm --faults 100 --seed 1 --store azurite --cluster address
-    python -m tests.chaos.storm --faults 20 --seed 1 --engine vllm
+    python -m tests.chaos.storm --faults 20 --seed 1 --engine vllm --kinds SIGKILL
 
 With `--cluster address` the scheduler and the nodes are processes of their own, over TLS, that serve one job after the other; a
 blow may hit them, too, and they are started again as a service manager would.
@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
@@ -44,7 +45,9 @@ from pipeline.flight import Flight
 from pipeline.flight import read_flight
 from tests.chaos.checker import History
 from tests.chaos.checker import check
+from tests.chaos.nemesis import KINDS
 from tests.chaos.nemesis import Fault
+from tests.chaos.nemesis import Kind
 from tests.chaos.nemesis import Nemesis
 from tests.chaos.nodes import Site
 from tests.chaos.test_processes import Running
@@ -75,7 +78,7 @@ class Pace:
 
 PACES = {
     "simulated": Pace(rows=(400, 800), max_tokens=4, replicas=(1, 3), faults_per_job=(4, 9), gap_s=(0.1, 4.0), silence_s=180.0),
-    "vllm": Pace(rows=(192, 256), max_tokens=200, replicas=(1, 2), faults_per_job=(2, 4), gap_s=(1.0, 20.0), silence_s=400.0),
+    "vllm": Pace(rows=(320, 480), max_tokens=160, replicas=(1, 2), faults_per_job=(2, 4), gap_s=(1.0, 12.0), silence_s=400.0),
 }
 
 
@@ -154,8 +157,8 @@ def _rule_of_three(trials: int) -> float:
 class Storm:
     """One store, one engine, one seed."""
 
-    def __init__(self, root: str, folder: Path, *, engine: str, seed: int, out: Console) -> None:
-        self._root, self._folder, self._engine, self._out = root, folder, engine, out
+    def __init__(self, root: str, folder: Path, *, engine: str, seed: int, out: Console, kinds: Sequence[Kind] = KINDS) -> None:
+        self._root, self._folder, self._engine, self._out, self._kinds = root, folder, engine, out, kinds
         self._moments = random.Random(seed)
         self._pace = PACES[engine]
         self._model = build_tiny_model(folder / "model")
@@ -193,7 +196,7 @@ class Storm:
         rows = self._moments.randint(*self._pace.rows)
         bad = self._write_input(input_uri, rows)
         self._write_job(folder, input_uri, out_uri)
-        chase = _Chase(folder, self._scratch, self._site, self._pace, self._moments, num_faults)
+        chase = _Chase(folder, self._scratch, self._site, self._pace, self._moments, num_faults, self._kinds)
         try:
             with History(out_uri).watch(_LOOK_EVERY_S) as history:
                 chase.run(history)
@@ -224,7 +227,7 @@ class Storm:
 
     def _options(self) -> dict[str, Any]:
         if self._engine == "vllm":
-            return {"max_model_len": 512}
+            return {"max_model_len": 512, "max_num_seqs": 16}  # few rows at a time, so that commits come all along
         rate = self._moments.choice([100, 150, 300])
         return {"decode_tokens_per_s": rate, "prefill_tokens_per_s": 1e6, "max_num_seqs": self._moments.choice([3, 5, 16])}
 
@@ -259,14 +262,23 @@ class Storm:
 class _Chase:
     """One job, started again until it is complete, and the nemesis after it."""
 
-    def __init__(self, folder: Path, scratch: Path, site: Site | None, pace: Pace, moments: random.Random, num_faults: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        site: Site | None,
+        pace: Pace,
+        moments: random.Random,
+        num_faults: int,
+        kinds: Sequence[Kind],
+    ) -> None:
         self.folder, self._scratch, self._site = folder, scratch, site
         self._pace, self._moments, self._num_faults = pace, moments, num_faults
         self._drivers: list[Running] = []
         self._flights: dict[Path, Flight] = {}
         self.rows_generated = self.rows_cut = 0
         self._read_flights()  # what was before does not count
-        self.nemesis = Nemesis(self._roots, moments)
+        self.nemesis = Nemesis(self._roots, moments, kinds)
         self.starts = self.rows_generated = self.rows_cut = 0
         self.exit_codes: Counter[int] = Counter()
         self.troubles: list[str] = []
@@ -403,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cluster", choices=["local", "address"], default="local")
     parser.add_argument("--nodes", type=int, default=2, help="with --cluster address")
     parser.add_argument("--engine", choices=sorted(PACES), default="simulated")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder, and leave it")
     asked = parser.parse_args(arguments)
@@ -413,7 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_environment(TOKENMILL_CACHE=str(folder / "cache")))
         root = stack.enter_context(open_store(asked.store, folder))
-        storm = Storm(root, folder, engine=asked.engine, seed=seed, out=out)
+        storm = Storm(root, folder, engine=asked.engine, seed=seed, out=out, kinds=asked.kinds)
         stack.callback(storm.close)
         hung = ""
         try:
