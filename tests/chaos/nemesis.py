@@ -86,8 +86,6 @@ class Nemesis:
         victims = {target: [process for process in processes if process.pid not in stopped] for target, processes in there.items()}
         possible = [choice for choice in _WEIGHTS if choice[0] in self._kinds and victims.get(choice[1])]
         possible = [choice for choice in possible if wanted in (None, choice)]
-            (kind, target) for kind, target in _WEIGHTS if kind in self._kinds and victims.get(target) and wanted in (None, (kind, target))
-        ]
         if not possible:
             return None
         kind, target = self._moments.choices(possible, [_WEIGHTS[choice] for choice in possible])[0]
