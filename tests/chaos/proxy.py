@@ -30,7 +30,8 @@ Fault = Literal["reset_before", "reset_after", "error_before", "error_after", "b
 ALL_FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 _SLOW_S = 0.5
-_UNIQUE = re.compile(r"[0-9a-f]{32}")
+_UNIQUE = re.compile(r"^/[^/]*/[^/]*|[0-9a-f]{32}|(?<=-)[0-9a-f]{8}(?=\.)")
+"""What differs between two runs of one test: account and container, unique names, a part's fingerprint (of etags, too)."""
 _ERROR_BODY = b'<?xml version="1.0" encoding="utf-8"?><Error><Code>%s</Code><Message>injected</Message></Error>'
 
 

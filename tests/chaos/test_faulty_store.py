@@ -188,7 +188,7 @@ def test_workers_on_a_store_that_fails_at_random_lose_and_double_no_row(site: Si
 @pytest.mark.parametrize("fault", ALL_FAULTS)
 def test_each_kind_of_fault_alone_is_outlived_within_one_run(site: Site, fault: Fault) -> None:
     """The SDK tries again; no unit has to."""
-    site.proxy.harass(7, 0.2, kinds=[fault])
+    site.proxy.harass(7, 0.1, kinds=[fault])
     tried = attempt(site.job())
     site.proxy.heal()
     print(f"\n{fault}: {site.proxy.requests.total()} requests, faults {dict(site.proxy.faults)}")

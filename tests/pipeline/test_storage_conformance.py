@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -65,13 +66,16 @@ class Store:
 def _on_fsspec(kind: str, root: str) -> Store:
     def names() -> list[str]:
         fs, path = fsspec.url_to_fs(root)
+        fs.invalidate_cache()  # of s3fs, which remembers folders
         return sorted(str(found)[len(path) :].lstrip("/") for found in fs.find(path))
 
     return Store(kind=kind, root=root, names=names)
 
 
+S3 = ["s3"] if importlib.util.find_spec("s3fs") and importlib.util.find_spec("moto") else []
+"""By moto, where somebody has installed both (pip install s3fs 'moto[server]'); 34 packages are too many for every set-up."""
 AZURE = [pytest.param("az", marks=pytest.mark.azurite), pytest.param("abfss", marks=pytest.mark.azurite)]
-ALL = ["local", "file-url", "memory", *AZURE]
+ALL = ["local", "file-url", "memory", *AZURE, *S3]
 
 
 def make_store(request: pytest.FixtureRequest) -> Iterator[Store]:
@@ -85,6 +89,9 @@ def make_store(request: pytest.FixtureRequest) -> Iterator[Store]:
         fs = fsspec.filesystem("memory")
         if fs.exists(f"/{name}"):
             fs.rm(f"/{name}", recursive=True)
+    elif kind == "s3":
+        root = f"s3://{request.getfixturevalue('s3')}/{name}"
+        yield _on_fsspec(kind, root)
     else:
         service: Azurite = request.getfixturevalue("azurite")
         bucket: str = request.getfixturevalue("container")
@@ -96,6 +103,24 @@ def make_store(request: pytest.FixtureRequest) -> Iterator[Store]:
             spec = {"account_name": service.account, "endpoint": service.endpoint, "credential": {"kind": "account_key", "env": "THE_KEY"}}
             patch.setenv(credentials.VARIABLE, StorageSpec.model_validate(spec).model_dump_json(exclude_none=True))
         yield Store(kind=kind, root=root, names=lambda: sorted(found.removeprefix("folder/") for found in service.names(bucket)))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """An empty bucket of a moto server, which this process, and those it starts, reach as s3://NAME."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(variable, "for-tests-only")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "bucket"
+    server.stop()
 
 
 @pytest.fixture(params=ALL)
@@ -187,6 +212,8 @@ def race(uri: str, num_writers: int, size_bytes: int) -> None:
 
 @pytest.mark.usefixtures("hasty")
 def test_of_32_threads_one_wins_whole(store: Store) -> None:
+    if store.kind == "s3":
+        pytest.skip("moto looks and writes in two steps, and so lets two win now and then; what S3 itself does is not proven here")
     for number in range(5):
         race(store.at("folder", f"{number:02d}"), 32, 10_000)
     assert store.names() == [f"folder/{number:02d}" for number in range(5)]
