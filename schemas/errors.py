@@ -97,7 +97,7 @@ def describe_validation(error: ValidationError, *, show_found: bool = True) -> s
             lines.append(f"{path}: unknown key")
             continue
         value = problem["input"]  # what lies in a container is not ours to show, and may be endless
-        found = f"a {type(value).__name__}" if isinstance(value, dict | list | tuple | set) else repr(value)
+        found = f"a {type(value).__name__}" if value and isinstance(value, dict | list | tuple | set) else repr(value)
         if not show_found or problem["loc"][:1] == ("storage",) or looks_secret(value if isinstance(value, str) else found):
             found = "a value that is not shown"
         if len(found) > 80:
