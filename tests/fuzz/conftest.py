@@ -23,6 +23,13 @@ from schemas.job import JobSpec
 from schemas.job import parse_job
 
 ROWS = 40
+TIMES = float(os.environ.get("TOKENMILL_FUZZ", "1"))
+"""TOKENMILL_FUZZ=20 looks twenty times as long."""
+
+
+def examples(count: int) -> int:
+    """How many, with patience."""
+    return int(count * TIMES)
 
 
 def damage(data: bytes, seed: int, kind: str) -> bytes:

@@ -20,6 +20,7 @@ from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.job import json_schema
 from schemas.job import parse_job
+from tests.fuzz.conftest import examples
 
 _MAX_MESSAGE = 20_000
 _SECRET = "s3cr3tS3CR3T+/==" * 2
@@ -97,6 +98,7 @@ def accept_or_refuse(read: Callable[[Any], JobSpec], given: Any) -> tuple[JobSpe
     return job, refused
 
 
+@settings(max_examples=examples(100))
 @given(VALUES)
 @example({})
 @example([])
@@ -106,7 +108,7 @@ def test_any_value_is_a_job_or_refused(data: Any) -> None:
     accept_or_refuse(parse_job, data)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(damaged_jobs())
 def test_a_damaged_job_is_a_job_or_refused(data: dict[str, Any]) -> None:
     job, _ = accept_or_refuse(parse_job, data)
@@ -130,7 +132,7 @@ def jobs_with_a_secret(draw: st.DrawFn) -> dict[str, Any]:
     return data
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(jobs_with_a_secret())
 @example({"input": {"account_key": _SECRET}, "model": "m", "output": {"uri": "out"}})
 @example({"storage": {"connection_string": _SECRET}})
@@ -152,17 +154,19 @@ def load_or_refuse(path: Path, content: bytes) -> None:
     assert job is not None or str(path) in refused
 
 
+@settings(max_examples=examples(100))
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_a_job_file_or_refused(job_file: Path, content: bytes) -> None:
     load_or_refuse(job_file, content)
 
 
+@settings(max_examples=examples(100))
 @given(content=st.text(alphabet=string.printable + "äß\u2028\ufeff", max_size=200))
 def test_any_text_is_a_job_file_or_refused(job_file: Path, content: str) -> None:
     load_or_refuse(job_file, content.encode())
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(data=st.one_of(VALUES, damaged_jobs()), cut=st.integers(0, 400))
 def test_any_yaml_whole_or_cut_is_a_job_file_or_refused(job_file: Path, data: Any, cut: int) -> None:
     try:

@@ -23,6 +23,7 @@ from schemas.job import parse_job
 from schemas.prompts import Prompt
 from schemas.prompts import RowError
 from tests.conftest import TINY_MAX_LEN
+from tests.fuzz.conftest import examples
 
 _KINDS = {"empty_prompt", "prompt_too_long", "bad_messages", "bad_sampling", "bad_text", "rejected", "engine"}
 """As README names them."""
@@ -101,7 +102,7 @@ def column(values: list[str | None]) -> pa.Array[Any]:
     return pa.Array.from_buffers(pa.string(), len(whole), whole.buffers(), whole.null_count)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(st.tuples(json_texts(MESSAGES), json_texts(SAMPLINGS)), min_size=1, max_size=4),
     too_long=st.sampled_from(["error", "truncate_left", "truncate_right"]),
@@ -146,7 +147,7 @@ def check_error(error: RowError) -> None:
     error.message.encode()  # it goes into a Parquet column
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(values=st.lists(st.one_of(st.none(), MESSAGES.map(lambda items: [x for x in items if isinstance(x, dict)])), min_size=1, max_size=4))
 def test_structs_of_any_text_become_prompts_or_errors(values: list[Any]) -> None:
     """The other form of messages: a list of structs."""

@@ -27,10 +27,11 @@ from tests.fuzz.conftest import ROWS
 from tests.fuzz.conftest import SEEDS
 from tests.fuzz.conftest import Finished
 from tests.fuzz.conftest import damage
+from tests.fuzz.conftest import examples
 
 _ROOT = Path(__file__).resolve().parents[2]
-_FIRST_INPUT, _INPUTS = int(os.environ.get("TOKENMILL_SEED", "0")), 500
-_SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+_FIRST_INPUT, _INPUTS = int(os.environ.get("TOKENMILL_SEED", "0")), examples(500)
+_SLOW = settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def test_damaged_inputs_are_planned_and_run_or_refused_in_the_projects_words(tiny_model: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_damaged_parts_report_is_read_or_refused(finished: Finished, seed: int
         finished.restore()
 
 
-@settings(_SLOW, max_examples=60)
+@settings(_SLOW, max_examples=examples(60))
 @given(seed=SEEDS, kind=KINDS)
 def test_running_again_over_a_damaged_part_ends_in_the_projects_words_and_overwrites_nothing(
     finished: Finished, seed: int, kind: str

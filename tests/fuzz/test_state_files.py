@@ -33,10 +33,11 @@ from tests.fuzz.conftest import KINDS
 from tests.fuzz.conftest import SEEDS
 from tests.fuzz.conftest import Finished
 from tests.fuzz.conftest import damage
+from tests.fuzz.conftest import examples
 
 _FILES = (layout.JOB, layout.PLAN, layout.MANIFEST, layout.STATUS, layout.SUCCESS)
 _JSON = (layout.JOB, layout.STATUS, layout.SUCCESS)
-_SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+_SETTINGS = settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=12)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
