@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.chaos import checker
 from tests.chaos.checker import Findings
 from tests.chaos.checker import History
 from tests.chaos.checker import check
+from tests.test_structure import imported
 
 _ERROR = pa.struct([("kind", pa.string()), ("message", pa.string())])
 _ROWS = 50
@@ -267,3 +270,7 @@ def test_watching_sees_what_happens_in_between(place: Place, parts: Parts) -> No
             pass
         path.write_bytes(before)
     assert sorted(history.changed) == [path.name]
+
+
+def test_the_checker_shares_no_code_with_what_it_judges() -> None:
+    assert imported(Path(checker.__file__).read_text()) - set(sys.stdlib_module_names) == {"fsspec", "pyarrow"}
