@@ -24,8 +24,8 @@ lint: setup
 types: setup
 	.venv/bin/mypy
 
-fast: setup       ## the developer loop: no engine, no killed processes
-	.venv/bin/pytest -q -m "not engine and not chaos"
+fast: setup       ## the developer loop: no engine, no Azurite, no killed processes
+	.venv/bin/pytest -q -m "not engine and not chaos and not azurite"
 
 engine: setup
 	.venv/bin/pytest -q -m engine
