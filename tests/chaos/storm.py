@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import random
@@ -355,7 +356,9 @@ class _Chase:
 
     def _read_flights(self) -> None:
         """Rows finished by every engine that ever ran here; a record that starts again is a new engine's."""
-        there = {path: flight for path in self._scratch.glob("tokenmill-*/*.flight") if (flight := read_flight(path)) is not None}
+        # glob.glob, because pathlib's stumbles over folders that go while it looks
+        paths = map(Path, glob.glob(str(self._scratch / "tokenmill-*" / "*.flight")))
+        there = {path: flight for path in paths if (flight := read_flight(path)) is not None}
         for path, before in list(self._flights.items()):
             now = there.get(path)
             if now is None or now.steps < before.steps:
