@@ -1,8 +1,10 @@
-"""Faults at pipeline.storage's border: every call that touches a store, counted by what it is about, failing where it is told to.
+"""Faults at two borders: every call of pipeline.storage that touches a store, and every message that sends a unit to a replica.
 
-A call is named by function, object and how often that function was called for that object before; so the same fault point
-means the same call in every run, whatever the threads do. "before": it fails and nothing happened. "after": it took effect,
-and fails all the same, as where an acknowledgement is lost. "within": a file opens, and its first read fails.
+Both are counted by what they are about, and fail where they are told to. A call is named by function, object and how often
+that function was called for that object before; so the same fault point means the same call in every run, whatever the threads
+do. "before": it fails and nothing happened. "after": it took effect, and fails all the same, as where an acknowledgement is
+lost. "within": a file opens, and its first read fails. A message is lost before the unit ran ("before"), its answer after it
+ran ("after"), or it arrives twice ("twice").
 """
 
 from __future__ import annotations
@@ -21,9 +23,15 @@ from typing import Literal
 
 import pytest
 
+from jobs.cluster.inline import InlineCluster
 from pipeline import storage
+from schemas.errors import ReplicaLost
+from schemas.unit import WorkUnit
 
-When = Literal["before", "after", "within"]
+When = Literal["before", "after", "within", "twice"]
+Done = Callable[[Any], None]
+
+MESSAGE = "message"
 
 PURE = frozenset({"absolute", "check_can_create", "commit_as", "join", "scheme_of"})
 """Public functions of storage that touch no store."""
@@ -58,8 +66,8 @@ def store_calls() -> dict[str, Callable[..., Any]]:
     return {name: value for name, value in functions.items() if name not in PURE | COMPOSITE}
 
 
-class FaultyStore:
-    """Stands before pipeline.storage for everything below one place. `arm` names the points that fail, each once."""
+class Faults:
+    """Stands before pipeline.storage, for everything below one place, and behind the driver; `arm` names what fails, each once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
         self._root = root
@@ -70,6 +78,7 @@ class FaultyStore:
         self.seen: set[Point] = set()
         for name, function in store_calls().items():
             monkeypatch.setattr(storage, name, self._guard(name, function))
+        monkeypatch.setattr(InlineCluster, "submit", self._guard_messages(InlineCluster.submit))
 
     def arm(self, points: Iterable[Point] = ()) -> None:
         """Fail at these points from now on."""
@@ -112,6 +121,23 @@ class FaultyStore:
             if name == "open_read" and self._fails(name, about, number, "within"):
                 result = _Broken(result, self._error(name, about, "within"))
             return result
+
+        return guarded
+
+    def _guard_messages(self, submit: Callable[..., None]) -> Callable[..., None]:
+        def guarded(cluster: Any, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Done, *where: Any) -> None:
+            about = f"unit {unit.index}"
+            with self._lock:
+                self._counts[MESSAGE, about] += 1
+                number = self._counts[MESSAGE, about]
+            if self._fails(MESSAGE, about, number, "before"):
+                done(ReplicaLost("injected: the message was lost"))
+                return
+            lost = self._fails(MESSAGE, about, number, "after")
+            if self._fails(MESSAGE, about, number, "twice"):
+                submit(cluster, out_uri, fingerprint, unit, attempt, lambda _: None, *where)
+            answer = (lambda _: done(ReplicaLost("injected: the answer was lost"))) if lost else done
+            submit(cluster, out_uri, fingerprint, unit, attempt, answer, *where)
 
         return guarded
 

@@ -1,4 +1,4 @@
-"""Every storage call of a small job fails once before and once after it took effect: one by one, and in pairs.
+"""Every storage call and every message of a small job fails once before and once after it took effect: one by one, and in pairs.
 
 Whatever fails, a run completes or ends as the project says runs end, and the same run without faults completes: the
 independent checker and `verify` both say so, and no part that was seen has changed.
@@ -50,7 +50,7 @@ from tests.chaos.checker import History
 from tests.chaos.checker import check
 from tests.chaos.faults import COMPOSITE
 from tests.chaos.faults import PURE
-from tests.chaos.faults import FaultyStore
+from tests.chaos.faults import Faults
 from tests.chaos.faults import Injected
 from tests.chaos.faults import Point
 from tests.chaos.faults import store_calls
@@ -83,8 +83,8 @@ class Figures:
 class Rig:
     """One store, one small job, and the faults before it."""
 
-    def __init__(self, root: str, model: Path, store: FaultyStore) -> None:
-        self.root, self.store, self._model = root, store, model
+    def __init__(self, root: str, model: Path, faults: Faults) -> None:
+        self.root, self.faults, self._model = root, faults, model
         self.figures = Figures()
         self._begun: dict[str, bytes] = {}
         self.reset()
@@ -153,9 +153,9 @@ class Rig:
         found = set()
         self.reset()
         for _ in range(2):
-            self.store.arm()
+            self.faults.arm()
             assert self._run(job) == "complete"
-            found |= self.store.seen
+            found |= self.faults.seen
         self._prove()
         return sorted(point for point in found if not (any(rare in point.name for rare in _RARE) and point.number > 1))
 
@@ -164,15 +164,15 @@ class Rig:
         points = list(points)
         self.reset()
         history, ends = History(self.out_uri), list[str]()
-        self.store.arm(points)
+        self.faults.arm(points)
         while "complete" not in ends and len(ends) < _MAX_FAULTY_RUNS:
             ends.append(self._run(job))
             history.look()
-        if self.store.waiting:  # at a call that only a run over a finished output makes, or behind one that did not come
+        if self.faults.waiting:  # at a call that only a run over a finished output makes, or behind one that did not come
             ends.append(self._run(job))
             history.look()
-        fired = len(self.store.fired)
-        self.store.arm()
+        fired = len(self.faults.fired)
+        self.faults.arm()
         last = self._run(job)
         history.look()
         told = f"{[str(point) for point in points]}: {ends}"
@@ -187,7 +187,7 @@ class Rig:
 
     def _run(self, job: JobSpec) -> str:
         """How it ended: a state, or an error that the command turns into a message and an exit code."""
-        self.store.begin_run()
+        self.faults.begin_run()
         try:
             result = run(job, stream=io.StringIO())
         except (TokenmillError, Injected) as error:
@@ -214,7 +214,7 @@ def rig(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, monkey
     monkeypatch.setattr(pipeline.replica, "load_tokenizer", functools.cache(pipeline.replica.load_tokenizer))  # the real one, once
     monkeypatch.setattr(jobs.driver, "_BACKOFF_S", 0.001)
     root = str(tmp_path / "store") if request.param == "local" else f"memory://every-call-{os.getpid()}"
-    made = Rig(root, tiny_model, FaultyStore(monkeypatch, root))
+    made = Rig(root, tiny_model, Faults(monkeypatch, root))
     yield made
     if request.param == "memory":
         fsspec.filesystem("memory").rm(root.removeprefix("memory:/"), recursive=True)
@@ -238,7 +238,7 @@ def test_the_same_points_are_seen_in_every_run(rig: Rig) -> None:
 def test_a_single_failure_anywhere_costs_no_row(rig: Rig) -> None:
     job = rig.job()
     points = rig.points(job)
-    calls = rig.store.num_calls
+    calls = rig.faults.num_calls
     assert {point.function for point in points} >= {
         "create_once",
         "info",
@@ -292,8 +292,8 @@ def test_the_command_tells_a_failure_without_a_traceback_and_with_an_exit_code(r
     codes = Counter[int]()
     for point in [point for point in points if point.when == "before" and "/_" in point.name]:
         rig.reset()
-        rig.store.arm([point])
-        rig.store.begin_run()
+        rig.faults.arm([point])
+        rig.faults.begin_run()
         ended = CliRunner().invoke(main, ["run", str(tmp_path / "job.yaml")])
         assert ended.exception is None or isinstance(ended.exception, SystemExit), f"{point}: {ended.exception!r}"
         assert ended.exit_code in (0, 1, 2), f"{point}: {ended.output}"
