@@ -1,4 +1,4 @@
-.PHONY: setup python azurite demo test check lint types fast engine chaos constraints
+.PHONY: setup python azurite demo test long check lint types fast engine chaos constraints
 
 setup: python azurite  ## make .venv, and install what the tests on Azure Blob need
 
@@ -12,7 +12,7 @@ demo: python      ## demo model, a real job over the demo prompts, a summary
 	.venv/bin/tokenmill demo --output demo
 	.venv/bin/tokenmill verify demo/completions
 
-test: setup       ## lint, types, every test
+test: setup       ## lint, types, every test but the long ones
 	bash .ci/check
 
 check: test
@@ -31,7 +31,10 @@ engine: setup
 	.venv/bin/pytest -q -m engine
 
 chaos: setup
-	.venv/bin/pytest -q -m chaos
+	.venv/bin/pytest -q -m "chaos and not long"
+
+long: setup       ## minutes of chaos: a faulty store, cut networks, a storm of signals
+	.venv/bin/pytest -q -m long --durations=5
 
 constraints: setup  ## renew the pinned versions
 	.venv/bin/uv pip compile --quiet --python-version 3.11 --override .ci/overrides.txt \

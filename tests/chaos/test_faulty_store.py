@@ -46,7 +46,7 @@ from tests.chaos.proxy import Fault
 from tests.chaos.proxy import FaultyProxy
 from tests.chaos.proxy import before
 
-pytestmark = [pytest.mark.chaos, pytest.mark.azurite]
+pytestmark = [pytest.mark.chaos, pytest.mark.azurite, pytest.mark.long]
 
 _SEEDS = [int(seed) for seed in os.environ.get("TOKENMILL_STORE_SEEDS", "1 2 3").split()]
 _LOCAL_SEEDS = _SEEDS[:1]

@@ -43,7 +43,7 @@ from tests.chaos.namespaces import network
 from tests.commands import TOKENMILL
 from tests.conftest import build_tiny_model
 
-pytestmark = [pytest.mark.chaos, pytest.mark.azurite]
+pytestmark = [pytest.mark.chaos, pytest.mark.azurite, pytest.mark.long]
 
 _PATIENCE_S = 90.0
 _OPTIONS = {"decode_tokens_per_s": 240, "prefill_tokens_per_s": 1e6, "max_num_seqs": 5, "lengths": "max"}

@@ -12,7 +12,7 @@ from tests.chaos import storm
 from tests.chaos.nemesis import role_of
 from tests.chaos.storm import Figures
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 _FAULTS = 10
 _SEED = 20261125
