@@ -62,6 +62,8 @@ _OBJECTS, _ROWS_EACH = 2, 20
 _SEED = int(os.environ.get("TOKENMILL_SEED", "20261125"))
 _PAIRS = os.environ.get("TOKENMILL_PAIRS", "40")
 _MAX_FAULTY_RUNS = 3
+_ENDS = {"complete", "failed", "Injected", "JobError", "ForeignOutput", "UnitError"}
+"""How a run may end whose store fails; nobody asks it to drain."""
 _RARE = ("status.json", "control/")
 """Asked or told by the clock: how often says nothing about the run."""
 
@@ -177,6 +179,7 @@ class Rig:
         history.look()
         told = f"{[str(point) for point in points]}: {ends}"
         assert last == "complete", told
+        assert set(ends) <= _ENDS, told
         assert history.fine, f"{told}\n{history.describe()}"
         self._prove(told)
         self.figures.points += len(points)
