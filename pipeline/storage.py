@@ -140,12 +140,19 @@ def _os_errors(call: Callable[Concatenate[str, Given], Answer]) -> Callable[Conc
     def guarded(uri: str, /, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
         try:
             return call(uri, *args, **kwargs)
-        except (OSError, TokenmillError):
-            raise
+        except (OSError, TokenmillError) as error:
+            failure: Exception = error
         except Exception as error:
             if not type(error).__module__.startswith(_SDKS):
                 raise
-            raise _as_os_error(error, uri) from None
+            failure = _as_os_error(error, uri)
+        if scheme_of(uri) not in (*_LOCAL, "memory"):
+            # `from None` only hides it: Dask's pickles carry all that an error came from, requests with their signatures too.
+            failure.__cause__ = failure.__context__ = None
+        try:
+            raise failure
+        finally:
+            del failure  # it holds this frame, which holds it
 
     return guarded
 

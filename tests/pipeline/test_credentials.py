@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tblib.pickling_support
 from azure.core.exceptions import HttpResponseError
 from click.testing import CliRunner
 
@@ -390,6 +391,7 @@ def test_no_secret_is_in_what_people_and_processes_see(
     kind: str, azurite: Azurite, bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not in reprs, pickles, logs at their most talkative, messages, or whole tracebacks with what caused what."""
+    tblib.pickling_support.install()  # as Dask and vLLM do: pickles of errors then hold what they came from
     secret = tmp_path / "secret"
     right = secret_of(azurite, bucket, kind)
     wrong = azurite.sas(bucket, lifetime_s=-10) if kind == "sas" else right.replace(azurite.key, KEY)
