@@ -107,11 +107,11 @@ def slow_unit(flying: Mapping[int, Flying], usual_s: float | None, idle: Sequenc
     """The unit to run a second time because it holds up the end: the longest in flight, if that is far beyond the usual."""
     if usual_s is None or not idle:
         return None
-    alone = {index: flight for index, flight in flying.items() if flight.copies == 1 and not flight.doubled}
-    if not alone:
+    single = {index: flight for index, flight in flying.items() if not flight.doubled}
+    if not single:
         return None
-    index = min(alone, key=lambda each: alone[each].since)
-    return index if now - alone[index].since > max(_SLOW_LEAST_S, _SLOW_FACTOR * usual_s) else None
+    index = min(single, key=lambda each: single[each].since)
+    return index if now - single[index].since > max(_SLOW_LEAST_S, _SLOW_FACTOR * usual_s) else None
 
 
 def drain_asked_since(out_uri: str, began_at: float) -> bool:
@@ -140,7 +140,9 @@ class Flying:
     unit: WorkUnit
     since: float
     copies: int = 1
+    """Still at work."""
     doubled: bool = False
+    """Whether a second one was ever sent."""
 
 
 class Driver:

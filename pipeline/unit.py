@@ -190,9 +190,9 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
 
 def _left(unit: WorkUnit, history: History) -> list[int]:
     """Positions that are neither finished nor proven to kill engines."""
-    deadly = guilty(history.deaths)
     if not history.deaths:
         return []  # nobody to suspect: no need to count them out
+    deadly = guilty(history.deaths)
     return [row for row in range(unit.position, unit.position + unit.num_rows) if row not in history.index and row not in deadly]
 
 
