@@ -21,18 +21,19 @@ _ALLOWED = {"schemas": {"schemas"}, "pipeline": {"schemas", "pipeline"}, "jobs":
 """jobs → pipeline → schemas, and never back."""
 
 _DASK_CLUSTERS = {"jobs/cluster/local.py", "jobs/cluster/address.py", "jobs/cluster/dask_units.py"}
+_COMMANDS = {str(path.relative_to(_ROOT)) for path in _FILES if path.match("jobs/cli/*.py")}
 _OWNERS = {
     "adlfs": {"pipeline/azure_blob.py"},
     "azure": {"pipeline/azure_blob.py", "pipeline/credentials.py"},
     "vllm": {"pipeline/engine/vllm.py"},
     "torch": {"pipeline/engine/vllm.py"},
-    "click": {"jobs/cli.py"},
+    "click": _COMMANDS,
     "cryptography": {"pipeline/tls.py"},
     "distributed": {"pipeline/worker.py", "pipeline/membership.py", "pipeline/tls.py", "jobs/scheduler.py", *_DASK_CLUSTERS},
     "dask": {"pipeline/membership.py", "jobs/scheduler.py", *_DASK_CLUSTERS},
     "fsspec": {"pipeline/storage.py"},
     "transformers": {"pipeline/render.py"},
-    "yaml": {"jobs/api.py", "jobs/cli.py", "pipeline/profile.py"},
+    "yaml": {"jobs/api.py", "jobs/cli/group.py", "pipeline/profile.py"},
 }
 """Heavy or narrow packages live with their owner."""
 

@@ -1,0 +1,6 @@
+"""The `tokenmill` command: parse, call one function, print. A module for each group of commands."""
+
+from jobs.cli import job as job
+from jobs.cli import node as node
+from jobs.cli.group import build_job as build_job
+from jobs.cli.group import main as main

@@ -1,0 +1,212 @@
+"""Commands on jobs: run, plan, verify, status, cancel, schema, demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+
+from jobs.cli.group import FLAGS
+from jobs.cli.group import build_job
+from jobs.cli.group import job_options
+from jobs.cli.group import main
+from jobs.cli.group import storage_option
+from schemas.errors import EXIT_DRAINED
+from schemas.errors import EXIT_UNITS_FAILED
+
+
+@main.command()
+@job_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+def run(job_file: str | None, as_json: bool, **flags: Any) -> None:
+    """Run a job; run it again to go on after a stop.
+
+    Ctrl-C drains: units in flight are finished and committed. A second Ctrl-C stops at once.
+
+    \b
+    Examples:
+      tokenmill run job.yaml
+      tokenmill run --model demo --input 'data/*.parquet' --prompt question --output out/
+    """
+    from jobs.api import StoppedAtOnce
+    from jobs.api import run as run_job
+    from jobs.summary import print_summary
+
+    resume = shlex.join(["tokenmill", *sys.argv[1:]])
+    try:
+        result = run_job(build_job(job_file, flags))
+    except StoppedAtOnce:
+        click.echo(f"\nstopped at once; committed units stay. To go on: {resume}", err=True)
+        # Threads of units in flight may still wait for an engine that is gone; nothing of theirs was committed.
+        sys.stderr.flush()
+        os._exit(EXIT_DRAINED)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        print_summary(result, Console(soft_wrap=not sys.stdout.isatty()), resume)
+    raise click.exceptions.Exit(result.exit_code)
+
+
+@main.command()
+@job_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(job_file: str | None, as_json: bool, **flags: Any) -> None:
+    """Check a job and say what a run would do. Writes nothing to the output.
+
+    \b
+    Example:
+      tokenmill plan job.yaml
+    """
+    from jobs.api import plan as plan_job
+
+    report = plan_job(build_job(job_file, flags))
+    accepted = report.accepted
+    sizes = [unit.num_rows for unit in accepted.plan.units]
+    values = {
+        "fingerprint": accepted.record.fingerprint,
+        "model": accepted.model.path,
+        "objects": len(accepted.plan.objects),
+        "rows": accepted.plan.num_rows,
+        "units": len(sizes),
+        "rows_per_unit": [min(sizes), max(sizes)],
+        "units_done": len(accepted.done),
+        "units_to_do": len(accepted.todo),
+        "profile": report.profile,
+        "replicas": report.replicas,
+        "left_out": [f"{uri}: {reason}" for uri, reason in accepted.plan.skipped],
+        "new_objects": list(accepted.new_objects),
+        "changed_objects": list(accepted.changed_objects),
+        "output": accepted.out_uri,
+        "columns": accepted.record.input_schema.names,
+    }
+    if as_json:
+        click.echo(json.dumps(values, indent=1))
+        return
+    for key, value in values.items():
+        if value != []:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            click.echo(f"{key.replace('_', ' '):16} {shown}")
+
+
+@main.command()
+@click.argument("output")
+@storage_option
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def verify(output: str, as_json: bool) -> None:
+    """Prove that OUTPUT has every input row once, in order, with its columns; exit code 0 only then.
+
+    \b
+    Example:
+      tokenmill verify out/
+    """
+    from jobs.verify import verify as verify_output
+
+    verdict = verify_output(output)
+    if as_json:
+        values = {
+            "complete": verdict.complete,
+            "rows_expected": verdict.rows_expected,
+            "rows_proven": verdict.rows_proven,
+            "error_rows": verdict.error_rows,
+            "problems": verdict.problems,
+        }
+        click.echo(json.dumps(values, indent=1))
+    else:
+        for problem in verdict.problems[:50]:
+            click.echo(problem)
+        if len(verdict.problems) > 50:
+            click.echo(f"... and {len(verdict.problems) - 50} more")
+        word = "complete" if verdict.complete else "NOT complete"
+        click.echo(
+            f"{word}: {verdict.rows_proven:,} of {verdict.rows_expected:,} rows proven by content in {verdict.units} units, "
+            f"{verdict.error_rows:,} of them error rows"
+        )
+    raise click.exceptions.Exit(0 if verdict.complete else EXIT_UNITS_FAILED)
+
+
+@main.command()
+@click.argument("output")
+@storage_option
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def status(output: str, as_json: bool) -> None:
+    """Say how the job that writes to OUTPUT stands, from storage alone.
+
+    \b
+    Example:
+      tokenmill status out/
+    """
+    from dataclasses import asdict
+
+    from jobs.progress import seconds_words
+    from jobs.status import read_status
+
+    found = read_status(output)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+        return
+    click.echo(f"{found.name} ({found.fingerprint[:8]}): {found.state}")
+    click.echo(f"{found.rows_done:,} of {found.rows:,} rows and {found.units_done} of {found.units} units are committed in {found.out_uri}")
+    said = found.said
+    if said and found.age_s is not None:
+        eta = "" if said["eta_s"] is None else f", ETA {seconds_words(said['eta_s'])}"
+        click.echo(
+            f"{seconds_words(found.age_s)} ago on {said['host']}: {said['output_tokens_per_s']} output tok/s, "
+            f"{said['error_rows']} error rows, {len(said['replicas'])} replicas{eta}"
+        )
+        for unit, reason in said["failed_units"].items():
+            click.echo(f"unit {unit} failed: {reason}")
+
+
+@main.command()
+@click.argument("output")
+@storage_option
+def cancel(output: str) -> None:
+    """Ask the job that writes to OUTPUT to drain: units in flight are finished and committed.
+
+    \b
+    Example:
+      tokenmill cancel out/
+    """
+    from jobs.status import cancel as cancel_job
+
+    state = cancel_job(output)
+    if state in ("starting", "running", "draining"):
+        click.echo("asked to drain; `tokenmill status` shows when it has")
+    else:
+        click.echo(f"nothing to cancel: the job is {state}")
+
+
+@main.command()
+def schema() -> None:
+    """Print the job file's JSON Schema, for editors.
+
+    \b
+    Example:
+      tokenmill schema > job.schema.json
+    """
+    from schemas.job import json_schema
+
+    click.echo(json_schema())
+
+
+@main.command()
+@click.option("--output", "folder", default="demo", show_default=True, help="Where prompts and completions go.")
+@click.option("--max-tokens", type=int, default=64, show_default=True, help="Completion tokens per row at most.")
+@click.pass_context
+def demo(ctx: click.Context, folder: str, max_tokens: int) -> None:
+    """Run the demo job: 240 prompts of the kind data teams have, through a real small Llama model.
+
+    \b
+    Example:
+      tokenmill demo --output /tmp/demo
+    """
+    from jobs.demo import write_demo
+
+    job_file = write_demo(folder, max_tokens=max_tokens)
+    click.echo(f"$ tokenmill run {job_file}")
+    ctx.invoke(run, job_file=job_file, as_json=False, **dict.fromkeys(FLAGS), input_uri=(), messages=None, settings=())
