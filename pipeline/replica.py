@@ -19,7 +19,7 @@ from pipeline.engine.engine import Core
 from pipeline.model import Model
 from pipeline.render import Renderer
 from pipeline.render import load_tokenizer
-from pipeline.unit import Tools
+from pipeline.tools import Tools
 from pipeline.unit import run_unit
 from schemas import layout
 from schemas.errors import UnitError

@@ -31,7 +31,7 @@ from pipeline.render import load_tokenizer
 from pipeline.replica import Replica
 from pipeline.segments import folder_of
 from pipeline.segments import record_death
-from pipeline.unit import Tools
+from pipeline.tools import Tools
 from pipeline.unit import run_unit
 from schemas import layout
 from schemas.errors import EngineDead

@@ -1,0 +1,23 @@
+"""Tools: what a replica brings to every unit of one job. A value; does nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.engine.engine import Engine
+from pipeline.render import Renderer
+from schemas.job import JobSpec
+from schemas.record import JobRecord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tools:
+    """What a replica brings to every unit of one job."""
+
+    record: JobRecord
+    job: JobSpec
+    engine: Engine
+    renderer: Renderer
+    worker: str
+    provenance: dict[str, Any]
