@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 from tokenizers import processors
 
+from pipeline import storage
 from schemas.job import JobSpec
 from schemas.job import parse_job
 from tests.azurite import azurite as azurite
@@ -88,6 +90,14 @@ def build_tiny_model(folder: Path, *, template: bool = True, architecture: str =
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Digests of throw-away models do not belong into the user's cache."""
     os.environ["TOKENMILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_recipe() -> Iterator[None]:
+    """How a test's jobs reached storage is a matter of this whole process, and of those that later tests start."""
+    yield
+    storage.use(None)
+    storage.commit_as("put_if_absent")
 
 
 @pytest.fixture(scope="session")

@@ -401,7 +401,9 @@ def test_with_a_rotated_sas_file_the_same_run_goes_on(site: Site, tmp_path: Path
     secret.write_text(site.service.sas(site.bucket, lifetime_s=lifetime_s))
     run = InBackground(site.job(storage_=sas_recipe(site, file=str(secret)), engine=slow_engine(20)))
     run.wait_for(lambda: len(parts_of(site)) >= 1)
-    secret.write_text(site.service.sas(site.bucket))
+    fresh = tmp_path / "fresh.sas"  # written in place, it would be empty for a moment
+    fresh.write_text(site.service.sas(site.bucket))
+    fresh.replace(secret)
     ended = run.join()
     assert time.monotonic() - began > lifetime_s  # else the first one would have lasted
     assert ended.complete, (ended.error, ended.said)
