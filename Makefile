@@ -1,4 +1,4 @@
-.PHONY: setup python azurite demo test long partitions check lint types fast engine chaos constraints
+.PHONY: setup python azurite demo test long check lint types fast engine chaos constraints
 
 setup: python azurite  ## make .venv, and install what the tests on Azure Blob need
 
@@ -33,12 +33,8 @@ engine: setup
 chaos: setup
 	.venv/bin/pytest -q -m "chaos and not long"
 
-long: setup       ## minutes of chaos: a storm of signals, a faulty store
-	.venv/bin/pytest -q --durations=3 tests/chaos/test_storm.py
-	.venv/bin/pytest -q --durations=3 tests/chaos/test_faulty_store.py
-
-partitions: setup ## networks cut between namespaces; needs root
-	.venv/bin/pytest -q --durations=3 tests/chaos/test_partitions.py
+long: setup       ## minutes of chaos: a storm of signals, a faulty store, networks cut between namespaces (as root)
+	.venv/bin/pytest -q --durations=3 tests/chaos/test_storm.py tests/chaos/test_faulty_store.py tests/chaos/test_partitions.py
 
 constraints: setup  ## renew the pinned versions
 	.venv/bin/uv pip compile --quiet --python-version 3.11 --override .ci/overrides.txt \

@@ -12,6 +12,7 @@ part that was seen once never changes and never goes.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -321,6 +322,8 @@ def _marks(out_uri: str) -> dict[str, str]:
 
 def _filesystem(uri: str) -> tuple[Any, str]:
     options: dict[str, Any] = {} if uri.startswith(("/", "file:", "memory:")) else {"use_listings_cache": False}
+    if uri.startswith(("az:", "abfss:")) and (connection := os.environ.get("AZURE_STORAGE_CONNECTION_STRING")):
+        options["connection_string"] = connection  # else fsspec hands out the instance made for an earlier account
     fs, path = url_to_fs(uri, **options)
     return fs, str(path)
 
