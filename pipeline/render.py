@@ -121,7 +121,8 @@ class Renderer:
         seed = None
         if prompt.sampling.temperature > 0:
             seed = prompt.seed if prompt.seed is not None else row_seed(self._seed_base, prompt.position)
-        return Request(position=prompt.position, token_ids=ids, sampling=prompt.sampling, seed=seed)
+        ordered = self._job.engine.ordering == "auto"
+        return Request(position=prompt.position, token_ids=ids, sampling=prompt.sampling, seed=seed, ordered=ordered)
 
     def _shorten(self, prompt: Prompt, ids: list[int], budget: int, *, left: bool) -> list[int]:
         """The prompt within `budget` tokens, cut at its left or right. Of a chat, the last user message is cut, not the template."""

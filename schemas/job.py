@@ -146,6 +146,9 @@ class EngineSpec(Frozen):
     """The name of a hardware profile, or auto: chosen for the machine that is found."""
     options: dict[str, Any] = {}
     """For vllm: its engine arguments, over the profile's. For simulated: its rates."""
+    ordering: Literal["auto", "off"] = "auto"
+    """auto: the longest rows of those that wait go first, equal beginnings stay together, and of identical greedy rows one is
+    generated and the others are copied. off: rows are generated one and all, in input order. Output order is always the input's."""
 
     @field_validator("options")
     @classmethod

@@ -49,6 +49,10 @@ class UnitReport:
     """Rows that earlier attempts had finished and saved."""
     resumed_tokens: int = 0
     """Their completion tokens."""
+    copied_rows: int = 0
+    """Rows answered with what was generated for an identical greedy row."""
+    copied_tokens: int = 0
+    """Their completion tokens."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -77,6 +81,8 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("digest", pa.string()),
     pa.field("resumed_rows", pa.int64()),
     pa.field("resumed_tokens", pa.int64()),
+    pa.field("copied_rows", pa.int64()),
+    pa.field("copied_tokens", pa.int64()),
 ]
 MANIFEST_SCHEMA = pa.schema(_FIELDS)
 """One row a unit; the dicts as JSON text. The file's metadata holds the fingerprint and what it covers."""
@@ -103,6 +109,8 @@ class Totals:
     error_rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    copied_rows: int = 0
+    copied_tokens: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     finish_reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -116,6 +124,8 @@ class Totals:
         self.error_rows += report.error_rows
         self.prompt_tokens += report.prompt_tokens
         self.completion_tokens += report.completion_tokens
+        self.copied_rows += report.copied_rows
+        self.copied_tokens += report.copied_tokens
         for mine, theirs in ((self.errors, report.errors), (self.finish_reasons, report.finish_reasons)):
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count

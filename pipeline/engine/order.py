@@ -1,0 +1,80 @@
+"""Order: which waiting row an engine takes next. Requests in, one at a time out; knows no engine and no unit.
+
+Rows that may become longest go first, so that no long row is left running alone at the end; among rows of one length, those that
+begin alike stay together, for a prefix cache; else it is the order of arrival. No row is overtaken for ever.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+
+from pipeline.engine.engine import Request
+
+_PREFIX_TOKENS = 128
+"""Rows whose first tokens are the same share work in a prefix cache."""
+
+
+class Shelf:
+    """Waiting rows by key; one is overtaken by so many others at most."""
+
+    def __init__(self, *, patience_rows: int) -> None:
+        self._patience_rows = patience_rows
+        self._requests: dict[int, tuple[int, Request]] = {}
+        self._arrivals: deque[tuple[int, int]] = deque()
+        self._sorted: list[tuple[int, int, int, int]] = []  # (-length, first arrival of the prefix, arrival, key): a heap
+        self._prefixes: dict[int, tuple[int, int]] = {}  # hash of a prefix: its first arrival, rows that wait
+        self._next = itertools.count()
+        self._taken = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._requests
+
+    def put(self, key: int, request: Request) -> None:
+        arrival = next(self._next)
+        first, rows = self._prefixes.get(prefix := _prefix(request), (arrival, 0))
+        self._prefixes[prefix] = (first, rows + 1)
+        self._requests[key] = (arrival, request)
+        self._arrivals.append((arrival, key))
+        heapq.heappush(self._sorted, (-_may_become(request), first, arrival, key))
+
+    def take(self) -> tuple[int, Request]:
+        """The next row. Raises IndexError where none waits."""
+        while self._arrivals and not self._waits(*self._arrivals[0]):
+            self._arrivals.popleft()
+        if self._arrivals and self._taken - self._arrivals[0][0] >= self._patience_rows:
+            _, key = self._arrivals.popleft()
+        else:
+            while True:
+                *_, arrival, key = heapq.heappop(self._sorted)
+                if self._waits(arrival, key):
+                    break
+        self._taken += 1
+        return key, self.remove(key)
+
+    def remove(self, key: int) -> Request:
+        """Take a certain row away."""
+        _, request = self._requests.pop(key)
+        first, rows = self._prefixes.pop(prefix := _prefix(request))
+        if rows > 1:
+            self._prefixes[prefix] = (first, rows - 1)
+        return request
+
+    def get(self, key: int) -> Request:
+        return self._requests[key][1]
+
+    def _waits(self, arrival: int, key: int) -> bool:
+        return key in self._requests and self._requests[key][0] == arrival
+
+
+def _may_become(request: Request) -> int:
+    """Tokens that a row may still generate."""
+    return request.sampling.max_tokens - len(request.begun)
+
+
+def _prefix(request: Request) -> int:
+    return hash(tuple(request.token_ids[:_PREFIX_TOKENS]))
