@@ -15,19 +15,25 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 from typing import Literal
 
 from jobs.accept import Accepted
+from jobs.accounts import Accounts
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.plan import Plan
 from pipeline import storage
+from pipeline.engine.continuous import WIDER
 from schemas import layout
 from schemas.errors import EngineDead
 from schemas.errors import ForeignOutput
 from schemas.errors import InputChanged
 from schemas.errors import ReplicaLost
+from schemas.errors import TokenmillError
+from schemas.ledger import Reading
+from schemas.ledger import ReplicaAccount
 from schemas.manifest import Totals
 from schemas.manifest import UnitReport
 from schemas.unit import WorkUnit
@@ -72,17 +78,30 @@ class Progress:
     began_at: float = 0.0
     """Unix seconds."""
     dashboard: str | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+    """The EngineInfo of the replica heard of first, as plain data."""
     notes: list[str] = field(default_factory=list)
     """What the user should hear, in order; whoever shows them takes them out."""
 
 
-def may_submit(units_in_flight: int, rows_in_flight: int, replicas: Sequence[ReplicaState]) -> bool:
+def may_submit(units_in_flight: int, rows_in_flight: int, wanted_rows: int, num_replicas: int) -> bool:
     """Whether one more unit keeps the replicas busy, rather than only waiting on one of them.
 
     Enough rows to fill every replica's window, and two units a replica, so that the next one's reading overlaps.
     """
-    window_rows = sum(replica.window_rows for replica in replicas)
-    return bool(replicas) and (rows_in_flight < window_rows or units_in_flight < _MIN_UNITS_PER_REPLICA * len(replicas))
+    return num_replicas > 0 and (rows_in_flight < wanted_rows or units_in_flight < _MIN_UNITS_PER_REPLICA * num_replicas)
+
+
+def wanted_rows(replicas: Sequence[ReplicaState], *, wide: bool, rows_left: int, num_expected: int) -> int:
+    """Rows that the replicas should have between them: a window each.
+
+    Wide windows are filled only up to these replicas' share of what is left, or the first one up would take a small table whole.
+    """
+    usual = sum(replica.window_rows for replica in replicas)
+    if not wide or not replicas:
+        return usual
+    share = math.ceil(rows_left * len(replicas) / max(num_expected, len(replicas)))
+    return max(usual, min(WIDER * usual, share))
 
 
 def units_at_once(plan: Plan, window_rows: int) -> int:
@@ -148,7 +167,10 @@ class Flying:
 class Driver:
     """One run of one job. `run` is called once; `drain` from anywhere."""
 
-    def __init__(self, accepted: Accepted, cluster: Cluster, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, accepted: Accepted, cluster: Cluster, *, clock: Callable[[], float] = time.monotonic, began: float | None = None
+    ) -> None:
+        """Engine seconds count from `began` on the clock; by default from now."""
         self._accepted, self._cluster, self._clock = accepted, cluster, clock
         self._job = accepted.job
         self._ready: list[WorkUnit] = list(reversed(accepted.todo))
@@ -160,7 +182,9 @@ class Driver:
         self._drain = threading.Event()
         self._stop: BaseException | None = None
         self._rows_in_flight = 0
+        self._rows_left = sum(unit.num_rows for unit in accepted.todo)
         self._next_control = 0.0
+        self._accounts = Accounts(clock() if began is None else began)
         plan = accepted.plan
         self.progress = Progress(
             state="starting",
@@ -175,6 +199,10 @@ class Driver:
     def drain(self) -> None:
         """Start no further unit; those in flight finish and are committed."""
         self._drain.set()
+
+    def accounts(self, *, over: bool) -> tuple[ReplicaAccount, ...]:
+        """Where each replica's seconds went until now; `over` says whether the run ends with that."""
+        return self._accounts.at(self._clock(), over=over, loading=self._cluster.loading_seconds())
 
     def run(self, on_tick: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Until everything is committed or given up, or the drain is done. Raises ForeignOutput and EngineStartError."""
@@ -206,6 +234,11 @@ class Driver:
     def _look_around(self) -> None:
         progress, now = self.progress, self._clock()
         progress.replicas = self._cluster.replicas()
+        self._accounts.look({replica.name for replica in progress.replicas}, now)
+        for replica in progress.replicas:
+            progress.engine = progress.engine or replica.engine
+            if replica.ledger is not None:
+                self._accounts.hear(replica.name, replica.ledger, now)
         for note in self._cluster.notes():
             self._say(note)
         if progress.state == "starting" and progress.replicas:
@@ -228,7 +261,9 @@ class Driver:
             self._fly(unit)
 
     def _submit(self) -> None:
-        while self._ready and not self._drain.is_set() and may_submit(len(self._flying), self._rows_in_flight, self.progress.replicas):
+        replicas = self.progress.replicas
+        wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=self._cluster.num_replicas)
+        while self._ready and not self._drain.is_set() and may_submit(len(self._flying), self._rows_in_flight, wanted, len(replicas)):
             self._fly(self._ready.pop())
         if self._ready or self._later or self._drain.is_set():
             return
@@ -267,6 +302,9 @@ class Driver:
             return
 
     def _take(self, index: int, result: Result) -> None:
+        said = result.said if isinstance(result, TokenmillError) else None if isinstance(result, BaseException) else result.get("said")
+        if said is not None:
+            self._accounts.hear(said["name"], Reading(**said["ledger"]), self._clock())
         flight = self._flying.get(index)
         if flight is None:
             return  # the second of two copies; the first one's word was enough
@@ -281,6 +319,7 @@ class Driver:
             self._take_failure(flight.unit, result)
         else:
             self._took_s.append(self._clock() - flight.since)
+            self._rows_left -= flight.unit.num_rows
             self._take_report(UnitReport(**result["report"]), result["outcome"])
 
     def _take_report(self, report: UnitReport, outcome: str) -> None:
@@ -299,6 +338,7 @@ class Driver:
         tries.attempts += not lost
         reason = f"{type(error).__name__}: {error}"
         step = next_step(error, tries, limits.attempts)
+        self._rows_left -= 0 if step == "retry" else unit.num_rows
         if step == "retry":
             wait_s = _LOSS_WAIT_S if lost else _BACKOFF_S * 2 ** (tries.attempts - 1)
             progress.retries += 1

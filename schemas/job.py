@@ -242,6 +242,11 @@ class JobSpec(Frozen):
     schedule: None = None
     """Reserved for `tokenmill schedule`; this version runs jobs at once and refuses a value here."""
 
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether rows say themselves how long they may become, and longest first is wanted."""
+        return self.engine.ordering == "auto" and self.input.sampling is not None
+
     @model_validator(mode="after")
     def _memory_stays_in_one_process(self) -> Self:
         if self.cluster.kind == "inline":

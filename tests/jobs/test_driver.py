@@ -29,6 +29,7 @@ from jobs.driver import may_submit
 from jobs.driver import next_step
 from jobs.driver import slow_unit
 from jobs.driver import units_at_once
+from jobs.driver import wanted_rows
 from jobs.plan import Plan
 from jobs.verify import verify
 from pipeline import storage
@@ -74,6 +75,10 @@ class ScriptedCluster:
 
     def replicas(self) -> list[ReplicaState]:
         return list(self._replicas)
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self._replicas)
 
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
@@ -139,7 +144,26 @@ def replicas(*windows: int) -> list[ReplicaState]:
 def test_units_are_submitted_until_every_window_is_full_and_two_units_overlap(
     units: int, rows: int, windows: list[int], expected: bool
 ) -> None:
-    assert may_submit(units, rows, replicas(*windows)) is expected
+    wanted = wanted_rows(replicas(*windows), wide=False, rows_left=10_000, num_expected=2)
+    assert may_submit(units, rows, wanted, len(windows)) is expected
+
+
+@pytest.mark.parametrize(
+    ("windows", "rows_left", "num_expected", "expected"),
+    [
+        ([], 400, 2, 0),
+        ([128], 10_000, 1, 512),
+        ([128, 128], 10_000, 2, 1024),
+        ([128], 400, 1, 400),
+        ([128], 400, 2, 200),  # the other one is not up yet
+        ([128], 100, 2, 128),
+        ([128, 128], 400, 1, 400),  # more than were expected
+    ],
+)
+def test_wide_windows_take_no_more_than_a_share_of_what_is_left(
+    windows: list[int], rows_left: int, num_expected: int, expected: int
+) -> None:
+    assert wanted_rows(replicas(*windows), wide=True, rows_left=rows_left, num_expected=num_expected) == expected
 
 
 @pytest.mark.parametrize(
