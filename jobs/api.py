@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from jobs.progress import Display
 from jobs.progress import Speed
 from jobs.progress import SpeedMeter
 from jobs.progress import make_display
+from jobs.runs import RunLog
+from jobs.runs import keep_last_word
 from jobs.status import cancel as cancel
 from jobs.status import read_status as status
 from jobs.status import write_status
@@ -43,6 +47,7 @@ from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.job import parse_job
+from schemas.ledger import RunAccount
 from schemas.manifest import Totals
 from schemas.manifest import UnitReport
 
@@ -112,16 +117,30 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
             accepted = store(accept(job))
             _say_beginning(accepted, display)
             if not accepted.todo:
-                return _result(accepted, finish(accepted), None, None, began)
+                return _result(accepted, finish(accepted), None, None, None, began)
+            with _spoken("what the last run said of itself", display):
+                keep_last_word(accepted.out_uri, accepted.record.fingerprint)
+            log = RunLog(accepted, profile=_profile(accepted), began=began)
             cluster = make_cluster(accepted)
+            driver = Driver(accepted, cluster, began=began)
             try:
-                progress = _drive(accepted, cluster, display, interrupts)
+                _drive(accepted, driver, log, display, interrupts, cluster)
             except BaseException:
-                cluster.close(at_once=True)
+                try:
+                    account = log.at_end(driver)
+                finally:
+                    cluster.close(at_once=True)
+                with _spoken("the run's account", display):
+                    log.store(account)
                 raise
+            progress, account = driver.progress, log.at_end(driver)
             cluster.close(at_once=progress.state != "complete")
-            reports = finish(accepted) if progress.state == "complete" else [report for report, _, _ in read_reports(accepted)]
-            return _result(accepted, reports, progress, cluster, began)
+            try:
+                reports = finish(accepted) if progress.state == "complete" else [report for report, _, _ in read_reports(accepted)]
+            finally:
+                with _spoken("the run's account", display):
+                    account = log.store(account)
+            return _result(accepted, reports, progress, cluster, account, began)
     finally:
         display.close()
 
@@ -140,7 +159,7 @@ def make_cluster(accepted: Accepted) -> Cluster:
         return InlineCluster(model=accepted.model, kind=job.engine.kind, options=cut.options)
     from jobs.cluster.local import LocalCluster
 
-    at_once = units_at_once(accepted.plan, window_rows(cut.options["max_num_seqs"]))
+    at_once = units_at_once(accepted.plan, window_rows(cut.options["max_num_seqs"], wide=job.lengths_vary))
     return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once, silence_s=job.limits.engine_silence_s)
 
 
@@ -189,15 +208,32 @@ class _Interrupts:
         )
 
 
-def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _Interrupts) -> Progress:
-    driver, meter = Driver(accepted, cluster), SpeedMeter()
+@contextmanager
+def _spoken(what: str, display: Display) -> Iterator[None]:
+    """It is for people; that it cannot be stored stops nothing."""
+    try:
+        yield
+    except Exception as error:  # whatever the store's SDK raises
+        display.say(f"{what} cannot be stored: {type(error).__name__}: {error}")
+
+
+def _profile(accepted: Accepted) -> str:
+    job = accepted.job
+    if job.cluster.kind == "address":
+        return "each node's own"
+    return cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas).profile
+
+
+def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, interrupts: _Interrupts, cluster: Cluster) -> None:
+    meter = SpeedMeter()
     progress, next_status, status_failed = driver.progress, 0.0, False
 
     def tell_storage(speed: Speed) -> None:
         """The status is for people; that it cannot be written stops nothing."""
         nonlocal status_failed
         try:
-            write_status(accepted.out_uri, progress, speed)
+            over = progress.state not in ("starting", "running", "draining")
+            write_status(accepted.out_uri, progress, speed, log.at_end(driver) if over else log.so_far(driver))
         except Exception as error:  # whatever the store's SDK raises
             if not status_failed:
                 display.say(f"the status cannot be written: {type(error).__name__}: {error}")
@@ -218,7 +254,7 @@ def _drive(accepted: Accepted, cluster: Cluster, display: Display, interrupts: _
     interrupts.driver, interrupts.cluster = driver, cluster
     watch = watch_evictions(lambda: interrupts.evict("Azure takes this machine away"))
     try:
-        return driver.run(on_tick)
+        driver.run(on_tick)
     except KeyboardInterrupt:
         progress.state = "interrupted"
         raise
@@ -245,12 +281,18 @@ def _say_beginning(accepted: Accepted, display: Display) -> None:
         display.say(f"left out: {uri}: {reason}")
 
 
-def _result(accepted: Accepted, reports: list[UnitReport], progress: Progress | None, cluster: Cluster | None, began: float) -> RunResult:
+def _result(
+    accepted: Accepted,
+    reports: list[UnitReport],
+    progress: Progress | None,
+    cluster: Cluster | None,
+    account: RunAccount | None,
+    began: float,
+) -> RunResult:
     totals = Totals()
     for report in reports:
         totals.add(report)
     state = progress.state if progress else "complete"
-    replicas = progress.replicas if progress else []
     return RunResult(
         state=state,
         exit_code=_EXIT_CODES[state],
@@ -262,8 +304,7 @@ def _result(accepted: Accepted, reports: list[UnitReport], progress: Progress | 
         this_run=progress.totals if progress else Totals(),
         wall_s=time.monotonic() - began,
         start_s=cluster.start_seconds() if cluster else {},
-        busy_s={replica.name: replica.busy_s for replica in replicas},
-        idle_s={replica.name: replica.idle_s for replica in replicas},
+        account=account,
         failed=progress.failed if progress else {},
         retries=progress.retries if progress else 0,
         new_objects=accepted.new_objects,

@@ -8,6 +8,7 @@ import socket
 import time
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from jobs.accept import committed_units
@@ -16,6 +17,7 @@ from jobs.driver import Progress
 from jobs.progress import Speed
 from pipeline import storage
 from schemas import layout
+from schemas.ledger import RunAccount
 
 STALE_AFTER_S = 60.0
 """A driver that runs says so every few seconds."""
@@ -49,8 +51,8 @@ class Status:
     """How old that is."""
 
 
-def write_status(out_uri: str, progress: Progress, speed: Speed) -> None:
-    """What `tokenmill status` shows from elsewhere."""
+def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAccount | None = None) -> None:
+    """What `tokenmill status` shows from elsewhere, and the run's account in case it does not live to store it."""
     totals = progress.totals
     said = {
         "state": progress.state,
@@ -66,9 +68,11 @@ def write_status(out_uri: str, progress: Progress, speed: Speed) -> None:
         "output_tokens_per_s": round(speed.tokens_per_s, 1),
         "eta_s": None if speed.eta_s is None else round(speed.eta_s),
         "failed_units": {str(unit): reason for unit, reason in list(progress.failed.items())[:10]},
-        "replicas": [asdict(replica) for replica in progress.replicas],
+        "replicas": [asdict(replace(replica, ledger=None, engine={})) for replica in progress.replicas],
         "dashboard": progress.dashboard,
     }
+    if account is not None:
+        said["account"] = account.model_dump(mode="json")
     storage.replace(storage.join(out_uri, layout.STATUS), json.dumps(said).encode())
 
 

@@ -13,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.progress import seconds_words
+from jobs.report import share_of_raw
+from schemas.ledger import ReplicaAccount
+from schemas.ledger import RunAccount
 from schemas.manifest import Totals
 
 
@@ -32,10 +35,8 @@ class RunResult:
     """From the call to the end."""
     start_s: dict[str, float] = field(default_factory=dict)
     """Seconds each replica took to come up."""
-    busy_s: dict[str, float] = field(default_factory=dict)
-    """Seconds each replica's engine had rows in it."""
-    idle_s: dict[str, float] = field(default_factory=dict)
-    """Seconds each replica's engine was up and waited for rows."""
+    account: RunAccount | None = None
+    """Where the replicas' seconds went; None where none was needed."""
     failed: dict[int, str] = field(default_factory=dict)
     retries: int = 0
     new_objects: tuple[str, ...] = ()
@@ -70,14 +71,15 @@ class RunResult:
                 "rows": self.this_run.rows,
                 "prompt_tokens": self.this_run.prompt_tokens,
                 "completion_tokens": self.this_run.completion_tokens,
+                "copied_rows": self.this_run.copied_rows,
+                "copied_tokens": self.this_run.copied_tokens,
                 "wall_s": round(self.wall_s, 2),
                 "generate_s": round(self.generate_s, 2),
                 "output_tokens_per_s": round(self.output_tokens_per_s, 1),
                 "unit_seconds": {kind: round(seconds, 2) for kind, seconds in self.this_run.seconds.items()},
             },
             "start_s": self.start_s,
-            "busy_s": self.busy_s,
-            "idle_s": self.idle_s,
+            "account": self.account and self.account.model_dump(mode="json"),
             "failed_units": self.failed,
             "retries": self.retries,
         }
@@ -93,6 +95,10 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
     table.add_row("completions", f"{good:,} ({_counts({k: v for k, v in totals.finish_reasons.items() if k != 'error'})})")
     table.add_row("error rows", f"{totals.error_rows:,}" + (f" ({_counts(totals.errors)})" if totals.errors else ""))
     table.add_row("tokens", f"{totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} output")
+    if run.copied_rows:
+        table.add_row(
+            "copied", f"{run.copied_rows:,} rows, {run.copied_tokens:,} output tokens: as identical rows came out (engine.ordering)"
+        )
     if run.rows:
         whole = run.prompt_tokens + run.completion_tokens
         per_s = whole / result.generate_s if result.generate_s else 0.0
@@ -103,11 +109,10 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
     table.add_row(
         "this run", f"{run.rows:,} rows in {seconds_words(result.wall_s)}" + (f", {result.retries} retries" if result.retries else "")
     )
-    for name in sorted(result.start_s):
-        busy, idle = result.busy_s.get(name, 0.0), result.idle_s.get(name, 0.0)
-        table.add_row(
-            Text(f"replica {name}"), f"start {result.start_s[name]:.1f} s, engine busy {busy:.1f} s, waiting for rows {idle:.1f} s"
-        )
+    for replica in result.account.replicas if result.account else ():
+        table.add_row(Text(f"replica {replica.name}"), account_line(replica))
+    if result.account and (share := share_of_raw(result.account)) is not None:
+        table.add_row("raw engine", f"{share:.1%} of what the replicas generate while their batches are at least half full")
     table.add_row("output", Text(result.out_uri))
     console.print(Group(Text("\n" + "Summary", style="bold"), table), highlight=False)
     if totals.examples:
@@ -131,6 +136,13 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
         console.print(f"to go on: {resume_command}", markup=False, highlight=False, soft_wrap=True)
     else:
         console.print(f"proof: tokenmill verify {shlex.quote(result.out_uri)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def account_line(replica: ReplicaAccount) -> str:
+    """One replica's seconds by kind."""
+    parts = [f"{kind.replace('_', '-')} {seconds:.1f}" for kind, seconds in replica.seconds.items() if seconds >= 0.05]
+    again = f", started {replica.processes} times" if replica.processes > 1 else ""
+    return f"{replica.lifetime_s:.1f} s: {', '.join(parts)}{again}"
 
 
 def _counts(counts: dict[str, int]) -> str:

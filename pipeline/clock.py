@@ -1,4 +1,4 @@
-"""Clock: where a thread's time goes, by kind. Knows no unit and no engine."""
+"""Clock: where a thread's time goes, by kind; the feed hears of it. Knows no unit and no engine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.feed import Feed
+
 
 class Clock:
     """Seconds by kind, as this unit's thread spends them."""
 
-    def __init__(self) -> None:
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._kind: str | None = None
-        self._since = time.perf_counter()
+        self._since = time.monotonic()
 
     @contextmanager
     def spend(self, kind: str) -> Iterator[None]:
@@ -26,8 +29,9 @@ class Clock:
             self._switch(outer)
 
     def _switch(self, kind: str | None) -> str | None:
-        now = time.perf_counter()
+        now = time.monotonic()
         if self._kind is not None:
             self.seconds[self._kind] += now - self._since
+        self._feed.move(self._kind, kind, now)
         previous, self._kind, self._since = self._kind, kind, now
         return previous

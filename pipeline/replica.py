@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+import time
 from collections.abc import Iterator
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.engine.answers import Answers
 from pipeline.engine.continuous import ContinuousEngine
-from pipeline.engine.engine import Core
+from pipeline.engine.cores import core_maker
+from pipeline.engine.ordered import OrderedCore
+from pipeline.feed import Feed
 from pipeline.model import Model
 from pipeline.render import Renderer
 from pipeline.render import load_tokenizer
 from pipeline.tools import Tools
 from pipeline.unit import run_unit
 from schemas import layout
+from schemas.errors import TokenmillError
 from schemas.errors import UnitError
-from schemas.job import SimulatedOptions
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 
@@ -31,12 +34,30 @@ from schemas.unit import WorkUnit
 class Replica:
     """Everything heavy that units share. Its methods are safe from several threads."""
 
-    def __init__(self, *, name: str, model: Model, kind: str, options: dict[str, Any], flight_path: Path | None = None) -> None:
-        """Loads tokenizer and engine. Raises JobError or EngineStartError."""
+    def __init__(
+        self,
+        *,
+        name: str,
+        model: Model,
+        kind: str,
+        options: dict[str, Any],
+        flight_path: Path | None = None,
+        answers_path: Path | None = None,
+        spawned_at: float | None = None,
+    ) -> None:
+        """Loads tokenizer and engine; its ledger counts from `spawned_at`. Raises JobError or EngineStartError.
+
+        Replicas with the same model and options may have one file of answers.
+        """
+        spawned_at = time.monotonic() if spawned_at is None else spawned_at
         self.name = name
         self._model, self._kind = model, kind
         self.tokenizer = load_tokenizer(model.path)
-        self.engine = ContinuousEngine(_core_maker(model, kind, options), flight_path=flight_path)
+        self._feed = Feed()
+        make_core = core_maker(model, kind, options)
+        self.engine = ContinuousEngine(
+            lambda: OrderedCore(make_core(), Answers(answers_path)), flight_path=flight_path, feed=self._feed, spawned_at=spawned_at
+        )
         self._tools: dict[str, Tools] = {}
         self._making = threading.Lock()
         self._running: dict[str, Future[dict[str, Any]]] = {}
@@ -45,7 +66,7 @@ class Replica:
         self._changed = threading.Condition()
 
     def run(self, out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[str, Any]:
-        """Run one unit; its report as plain data, under a KiB, with the commit's outcome.
+        """Run one unit; its report as plain data, with the commit's outcome and what the ledger says then: about a KiB.
 
         Asked again for a unit that is still in flight here (a scheduler was lost, the next one sends it anew), it waits for that one.
         """
@@ -60,8 +81,10 @@ class Replica:
         try:
             with self._counted():
                 report, outcome = run_unit(wanted, out_uri, self._tools_for(out_uri, fingerprint))
-            result = {"report": asdict(report), "outcome": outcome}
+            result = {"report": asdict(report), "outcome": outcome, "said": self._said()}
         except BaseException as error:
+            if isinstance(error, TokenmillError):
+                error.said = self._said()
             running.set_exception(error)
             raise
         else:
@@ -82,10 +105,14 @@ class Replica:
             self._changed.wait_for(lambda: not self._active, timeout_s)
 
     def status(self) -> dict[str, Any]:
-        """Counters, how many rows it may hold, and the units in flight."""
+        """Counters, ledger, how many rows it may hold, and the units in flight."""
         with self._lock:
             units = list(self._running)
-        return {**asdict(self.engine.counters()), "window_rows": self.engine.window_rows, "units": units}
+        counters, ledger = asdict(self.engine.counters()), asdict(self.engine.reading())
+        return {**counters, "ledger": ledger, "window_rows": self.engine.window_rows, "units": units}
+
+    def _said(self) -> dict[str, Any]:
+        return {"name": self.name, "ledger": asdict(self.engine.reading())}
 
     def close(self) -> None:
         self.engine.close()
@@ -113,7 +140,7 @@ class Replica:
             raise UnitError(
                 f"{out_uri} holds job {record.fingerprint[:8]}, but the driver asks for {fingerprint[:8]}; is another job at work there?"
             )
-        if wrong := wrong_replica(record.decides, self._model, self._kind):
+        if wrong := wrong_replica(record.decides, self._model, self._kind, self.engine.info.dtype):
             raise UnitError(f"replica {self.name} is not the one that this job needs: {wrong}; start it with the job's file or model")
         job, info = record.spec, self.engine.info
         storage.commit_as(job.output.commit)
@@ -127,7 +154,9 @@ class Replica:
             "worker": self.name,
         }
         renderer = Renderer(self.tokenizer, job, max_model_len=info.max_model_len, seed_base=fingerprint)
-        return Tools(record=record, job=job, engine=self.engine, renderer=renderer, worker=self.name, provenance=provenance)
+        return Tools(
+            record=record, job=job, engine=self.engine, feed=self._feed, renderer=renderer, worker=self.name, provenance=provenance
+        )
 
 
 def unit_tag(out_uri: str, fingerprint: str, unit: int) -> str:
@@ -135,26 +164,14 @@ def unit_tag(out_uri: str, fingerprint: str, unit: int) -> str:
     return f"{hashlib.sha256(f'{out_uri} {fingerprint}'.encode()).hexdigest()[:16]}-{unit}"
 
 
-def wrong_replica(decides: Mapping[str, Any], model: Model, kind: str) -> str | None:
+def wrong_replica(decides: Mapping[str, Any], model: Model, kind: str, dtype: str) -> str | None:
     """Why rows of a job, of which this decides the output, must not run on a model and an engine; None where they may."""
     for what, digest in model.digests.items():
         if decides[what] != digest:
             return f"it holds {model.path}, whose {what} has digest {digest[:8] or 'none'}, expected {decides[what][:8] or 'none'}"
     if decides["engine"]["kind"] != kind:
         return f"it runs engine {kind}, expected {decides['engine']['kind']}"
+    begun_in = decides["engine"].get("found", {}).get("dtype", "auto")
+    if begun_in not in ("auto", dtype):
+        return f"it computes in {dtype}, and the job was begun in {begun_in} (--set engine.options.dtype={begun_in})"
     return None
-
-
-def _core_maker(model: Model, kind: str, options: dict[str, Any]) -> Callable[[], Core]:
-    if kind == "simulated":
-        from pipeline.engine.simulated import SimulatedCore
-
-        chosen = SimulatedOptions.model_validate(options)
-        return lambda: SimulatedCore(chosen, vocab_size=model.vocab_size, max_model_len=model.max_position_embeddings)
-
-    def make() -> Core:
-        from pipeline.engine.vllm import VllmCore  # imports vllm: 10 to 20 s
-
-        return VllmCore(model_path=model.path, options=options)
-
-    return make

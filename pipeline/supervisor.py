@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from pipeline.flight import Flight
@@ -126,6 +127,11 @@ class Supervisor:
         """Seconds that each replica took to come up, the last time it did."""
         return {slot.name: slot.start_s for slot in self._slots if slot.start_s is not None}
 
+    def loading_seconds(self) -> dict[str, float]:
+        """Of replicas whose process is not ready yet: seconds since it was started."""
+        now = time.monotonic()
+        return {slot.name: now - slot.since for slot in self._slots if slot.state == "starting"}
+
     def raise_if_hopeless(self) -> None:
         """Raises EngineStartError once every replica is given up."""
         if self._slots and all(slot.state == "failed" for slot in self._slots):
@@ -224,11 +230,11 @@ class Supervisor:
             return
         # A start that fails where one went well before (a GPU not yet given back, say) is worth another try.
         if (said.get("state") == "failed" or code == EXIT_START_FAILED) and slot.start_s is None:
-            slot.state, slot.message = "failed", self._start_failure(slot, said)
+            slot.state, slot.message = "failed", start_failure(said.get("message") or self._log_tail(slot), self._log_lines(slot))
             self._note(f"replica {slot.name} did not start: {slot.message} (log: {slot.spec.config.log_path})")
             return
         flight = read_flight(slot.spec.config.flight_path) if slot.state == "ready" else None
-        how = slot.message or f"its process ended with {_exit_words(code)}"
+        how = slot.message or f"its process ended with {exit_words(code)}"
         if flight is not None and flight.rows:
             try:
                 self._on_death(flight, how)
@@ -246,7 +252,7 @@ class Supervisor:
             self._note(f"replica {slot.name}: {how}; starting it again (log: {slot.spec.config.log_path})")
 
     def _start(self, slot: _Slot) -> None:
-        config = slot.spec.config
+        config = replace(slot.spec.config, spawned_at=time.monotonic())
         config.clear()
         config.save()
         with config.log_path.open("ab") as log:
@@ -282,21 +288,22 @@ class Supervisor:
     def _log_tail(self, slot: _Slot) -> str:
         return "\n".join(self._log_lines(slot)[-_LOG_LINES:])
 
-    def _start_failure(self, slot: _Slot, said: dict[str, Any]) -> str:
-        """What the replica said, with the cause out of its log where vLLM's engine core died in a process of its own."""
-        message: str = said.get("message") or self._log_tail(slot)
-        if _CAUSE_IS_IN_THE_LOG in message:
-            causes = [match.group(1) for line in self._log_lines(slot) if (match := _ERROR_LINE.search(line))]
-            causes = [cause for cause in causes if _CAUSE_IS_IN_THE_LOG not in cause]
-            message = f"{causes[0]} ({message})" if causes else message
-        return message
-
     def _note(self, text: str) -> None:
         with self._lock:
             self._notes.append(text)
 
 
-def _exit_words(code: int) -> str:
+def start_failure(message: str, log_lines: Sequence[str]) -> str:
+    """Why an engine did not start: its message, with the cause out of its log where vLLM's engine core died in a process of its own."""
+    if _CAUSE_IS_IN_THE_LOG not in message:
+        return message
+    causes = [match.group(1) for line in log_lines if (match := _ERROR_LINE.search(line))]
+    causes = [cause for cause in causes if _CAUSE_IS_IN_THE_LOG not in cause]
+    return f"{causes[0]} ({message})" if causes else message
+
+
+def exit_words(code: int) -> str:
+    """How a process ended, by its return code."""
     if code >= 0:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.engine.engine import Engine
+from pipeline.feed import Feed
 from pipeline.render import Renderer
 from schemas.job import JobSpec
 from schemas.record import JobRecord
@@ -18,6 +19,8 @@ class Tools:
     record: JobRecord
     job: JobSpec
     engine: Engine
+    feed: Feed
+    """What the engine's ledger hears of its units."""
     renderer: Renderer
     worker: str
     provenance: dict[str, Any]

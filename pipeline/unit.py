@@ -67,8 +67,9 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
     target = storage.join(out_uri, unit.part_name(fingerprint))
     if storage.exists(target):
         return read_report(target), "already"
-    started_at, clock = time.time(), Clock()
-    history = load_history(unit, out_uri, fingerprint, tools.job)
+    started_at, clock = time.time(), Clock(tools.feed)
+    with clock.spend("read"):
+        history = load_history(unit, out_uri, fingerprint, tools.job)
     earlier = len(history.index)
     earlier_tokens = int(pc.sum(history.rows.column(_COMPLETION_TOKENS)).as_py() or 0)
     while (trial := next_trial(_left(unit, history), history.deaths)) is not None:
@@ -87,7 +88,8 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
         _save(error, walk, range(unit.position, unit.position + written.num_rows), written)
     if writer.num_rows != unit.num_rows:
         raise UnitError(f"unit {unit.index}: {writer.num_rows} rows came out of {unit.num_rows}; nothing was committed")
-    check_unchanged(unit)
+    with clock.spend("write"):
+        check_unchanged(unit)
     report = UnitReport(
         unit=unit.index,
         fingerprint=fingerprint,
@@ -106,10 +108,15 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
         digest=tally.digest.hexdigest(),
         resumed_rows=earlier,
         resumed_tokens=earlier_tokens,
+        copied_rows=walk.copied_rows,
+        copied_tokens=walk.copied_tokens,
     )
     others = [engine for engine in history.engines if engine != tools.provenance.get("engine")]
     provenance = {**tools.provenance, **({"resumed_from": others} if others else {})}
-    outcome = commit(target, writer.finish(report, provenance), report)
+    with clock.spend("commit"):
+        outcome = commit(target, writer.finish(report, provenance), report)
+    if outcome in ("created", "acknowledgement_lost"):
+        tools.feed.keep(walk.generated_tokens)
     with contextlib.suppress(OSError):  # of no use any more, and in nobody's way
         remove_segments(unit, out_uri, fingerprint, history)
     return report, outcome
@@ -133,7 +140,8 @@ def _try(trial: Trial, unit: WorkUnit, out_uri: str, tools: Tools, history: Hist
     except EngineDead as error:
         _save(error, walk, *made.taken())
     positions, rows = made.taken()
-    walk.save(positions, rows, {})
+    with clock.spend("write"):
+        walk.save(positions, rows, {})
     return history.with_rows(positions, rows)
 
 

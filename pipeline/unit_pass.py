@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.clock import Clock
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.engine.engine import generated_tokens
 from pipeline.engine.engine import may_go_on
 from pipeline.flight import Tag
 from pipeline.isolate import Trial
@@ -61,6 +62,10 @@ class Pass:
         """Read and not yet complete, in input order."""
         self._history, self._out_uri, self._clock, self._trial = history, out_uri, clock, trial
         self._guilty = guilty(history.deaths)
+        self.generated_tokens = 0
+        """Output tokens that the engine made for rows that came back."""
+        self.copied_rows = self.copied_tokens = 0
+        """Answered with what was generated for an identical row."""
 
     def run(self) -> Iterator[Chunk]:
         """Complete chunks in input order. Raises what the engine and the input raise."""
@@ -68,8 +73,12 @@ class Pass:
         tag = Tag(out_uri=self._out_uri, fingerprint=self.tools.record.fingerprint, unit=self.unit.index)
         with clock.spend("generate"):
             alone = self._trial is not None and self._trial.alone
-            for generation in self.tools.engine.generate(self._requests(), tag=tag, alone=alone):
-                _deliver(chunks, generation)
+            wide = self.tools.job.lengths_vary
+            for generation in self.tools.engine.generate(self._requests(), tag=tag, alone=alone, wide=wide):
+                self.generated_tokens += generated_tokens(_deliver(chunks, generation), generation)
+                if generation.copied:
+                    self.copied_rows += 1
+                    self.copied_tokens += sum(len(choice.token_ids) for choice in generation.choices)
                 while chunks and chunks[0].complete:
                     yield chunks.popleft()
             while chunks:  # trailing chunks whose rows never passed through the engine
@@ -89,6 +98,8 @@ class Pass:
             begun=begun,
             engine=self.tools.provenance.get("engine", {}),
         )
+        going_on = sum(len(ids) - len(self._history.begun.get(position, ())) for position, ids in begun.items() if ids)
+        self.tools.feed.keep(self.generated_tokens + going_on)
 
     def _requests(self) -> Iterator[Request]:
         """Read and render as the engine asks for rows; rows that cannot be asked are done at once."""
@@ -121,16 +132,18 @@ class Pass:
             message = f"engines died {len(self._guilty[position])} times with this row alone in them: {ends}"
             chunk.done[row] = Generation(position=position, error=RowError(kind=_KILLS_ENGINE, message=message))
         else:
+            if self._trial is not None:
+                item = replace(item, ordered=False)  # what is tried is this row, not one like it
             begun = self._history.begun.get(position, ())
             chunk.requests[row] = replace(item, begun=begun) if begun and may_go_on(item.sampling) else item
 
 
-def _deliver(chunks: deque[Chunk], generation: Generation) -> None:
+def _deliver(chunks: deque[Chunk], generation: Generation) -> Request:
     for chunk in chunks:
         row = generation.position - chunk.position
         if 0 <= row < chunk.batch.num_rows and row in chunk.requests:
             if row in chunk.done:
                 raise UnitError(f"the engine answered row {generation.position} twice")
             chunk.done[row] = generation
-            return
+            return chunk.requests[row]
     raise UnitError(f"the engine answered row {generation.position}, which nobody asked")

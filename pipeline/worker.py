@@ -93,6 +93,8 @@ class WorkerConfig:
     """Folder; without one, connections are plain TCP."""
     insecure: bool = False
     """Whether a published address may be tcp://."""
+    spawned_at: float | None = None
+    """When its process was started, monotonic seconds (one clock for all processes of a machine)."""
 
     @property
     def config_path(self) -> Path:
@@ -157,25 +159,33 @@ def main(config_path: str) -> int:
     """Run until SIGTERM comes or standard input closes. Returns the exit code of a replica that never came up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_EVICTED))  # while there is nothing to hand back
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
     config = WorkerConfig.load(Path(config_path))
-    started = time.monotonic()
+    spawned_at = time.monotonic() if config.spawned_at is None else config.spawned_at
     _say(config, state="starting")
     from pipeline.model import Model
     from pipeline.replica import Replica
 
     if config.kind == "vllm":
-        _start_reaper()
+        start_reaper()
     model = Model(**config.model)
     try:
-        replica = Replica(name=config.name, model=model, kind=config.kind, options=config.options, flight_path=config.flight_path)
+        replica = Replica(
+            name=config.name,
+            model=model,
+            kind=config.kind,
+            options=config.options,
+            flight_path=config.flight_path,
+            answers_path=Path(config.folder, "answers.db"),  # one for all replicas of this node
+            spawned_at=spawned_at,
+        )
     except Exception as error:  # the process's outermost: whatever it was, the driver must hear of it
         traceback.print_exc()
         message = str(error) if isinstance(error, TokenmillError) else f"{type(error).__name__}: {error}"
         _say(config, state="failed", message=message)
         return EXIT_START_FAILED
     threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
-    ready = {"state": "ready", "start_s": round(time.monotonic() - started, 1), "engine": asdict(replica.engine.info)}
+    ready = {"state": "ready", "start_s": round(time.monotonic() - spawned_at, 1), "engine": asdict(replica.engine.info)}
     _say(config, **ready)
     from pipeline.membership import serve  # Dask: a second of imports
     from pipeline.versions import versions
@@ -185,6 +195,7 @@ def main(config_path: str) -> int:
         "model": model.path,
         "digests": model.digests,
         "engine": config.kind,
+        "engine_info": asdict(replica.engine.info),
         "start_s": ready["start_s"],
         "pid": os.getpid(),
     }
@@ -206,7 +217,7 @@ def _say(config: WorkerConfig, **values: Any) -> None:
     temporary.replace(path)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Standard input is a pipe that the parent holds and never writes to: its end is the parent's end, however it came."""
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
@@ -216,7 +227,7 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _start_reaper() -> None:
+def start_reaper() -> None:
     """A shell that outlives this process and then ends what else is in its group: vLLM's engine core, holding the GPU's memory.
 
     A supervisor does the same, but may have been killed together with this process.

@@ -15,6 +15,7 @@ TokenmillError
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from typing import Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -30,6 +31,8 @@ class TokenmillError(Exception):
     """Base of every error that a user of Tokenmill may meet."""
 
     exit_code = EXIT_UNITS_FAILED
+    said: dict[str, Any] | None = None
+    """Of the replica on which it happened: its name, and what its ledger said then."""
 
 
 class JobError(TokenmillError):

@@ -136,6 +136,10 @@ class AddressCluster:
         client = self._client  # whose word comes before the connection's thread has heard of it
         return self._replicas if client is not None and client.status == "running" else []
 
+    @property
+    def num_replicas(self) -> int:
+        return len(self.replicas())
+
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
     ) -> None:
@@ -153,6 +157,9 @@ class AddressCluster:
 
     def start_seconds(self) -> dict[str, float]:
         return dict(self._start_s)
+
+    def loading_seconds(self) -> dict[str, float]:
+        return {}  # a replica is heard of when it is ready
 
     def evict(self) -> None:
         """This machine is needed, not the nodes: what they have in flight they finish and commit, and a next run finds it."""

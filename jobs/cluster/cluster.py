@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 from typing import Protocol
 
+from schemas.ledger import Reading
 from schemas.unit import WorkUnit
 
 Result = dict[str, Any] | BaseException
@@ -22,9 +24,10 @@ class ReplicaState:
     rows: int = 0
     completion_tokens: int = 0
     prompt_tokens: int = 0
-    busy_s: float = 0.0
-    idle_s: float = 0.0
     in_flight: int = 0
+    ledger: Reading | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Its EngineInfo as plain data."""
 
 
 class Cluster(Protocol):
@@ -48,12 +51,21 @@ class Cluster(Protocol):
         """
         ...
 
+    @property
+    def num_replicas(self) -> int:
+        """Those that are ready, or will soon be, as far as this side knows."""
+        ...
+
     def notes(self) -> list[str]:
         """What happened to replicas since the last call, for the user: started, lost, restarted."""
         ...
 
     def start_seconds(self) -> dict[str, float]:
         """Seconds that each replica took to come up."""
+        ...
+
+    def loading_seconds(self) -> dict[str, float]:
+        """Seconds since their process was started, of replicas that are not ready yet, as far as this side knows of them."""
         ...
 
     def evict(self) -> None:

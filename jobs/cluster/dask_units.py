@@ -16,12 +16,14 @@ from distributed.scheduler import KilledWorker
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from pipeline.worker import registration
 from pipeline.worker import replica_metrics
 from pipeline.worker import run_unit_task
 from schemas.errors import ReplicaLost
+from schemas.ledger import Reading
 from schemas.unit import WorkUnit
 
-_COUNTERS = frozenset(field.name for field in fields(ReplicaState)) - {"name"}
+_COUNTERS = frozenset(field.name for field in fields(ReplicaState)) - {"name", "ledger", "engine"}
 _FETCH_S = 20.0
 """For a result of under a KiB to come from its replica. All results of a process come through one thread of Dask's."""
 
@@ -30,9 +32,12 @@ def replica_states(workers: Mapping[str, Mapping[str, Any]]) -> list[ReplicaStat
     """Those ready, by name, out of what a scheduler knows of its workers."""
     states = []
     for info in workers.values():
-        counters = {key: value for key, value in replica_metrics(info).items() if key in _COUNTERS}
+        metrics = replica_metrics(info)
+        counters = {key: value for key, value in metrics.items() if key in _COUNTERS}
         if counters:
-            states.append(ReplicaState(name=str(info["name"]), **counters))
+            ledger = Reading(**metrics["ledger"]) if "ledger" in metrics else None
+            engine = (registration(info) or {}).get("engine_info", {})
+            states.append(ReplicaState(name=str(info["name"]), ledger=ledger, engine=engine, **counters))
     return sorted(states, key=lambda state: state.name)
 
 

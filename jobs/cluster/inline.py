@@ -27,7 +27,7 @@ class InlineCluster:
 
     def __init__(self, *, model: Model, kind: str, options: dict[str, Any]) -> None:
         began = time.monotonic()
-        self._replica = Replica(name=_NAME, model=model, kind=kind, options=options)
+        self._replica = Replica(name=_NAME, model=model, kind=kind, options=options, spawned_at=began)
         self._start_s = time.monotonic() - began
         self._pool = ThreadPoolExecutor(_MAX_UNITS, thread_name_prefix="unit")
 
@@ -35,7 +35,13 @@ class InlineCluster:
         dead = self._replica.engine.dead
         if dead is not None and not isinstance(dead, EngineEvicted):
             raise dead
-        return [ReplicaState(name=_NAME, window_rows=self._replica.engine.window_rows, **asdict(self._replica.engine.counters()))]
+        engine = self._replica.engine
+        counters = asdict(engine.counters())
+        return [ReplicaState(name=_NAME, window_rows=engine.window_rows, ledger=engine.reading(), engine=asdict(engine.info), **counters)]
+
+    @property
+    def num_replicas(self) -> int:
+        return 1
 
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
@@ -53,6 +59,9 @@ class InlineCluster:
 
     def start_seconds(self) -> dict[str, float]:
         return {_NAME: self._start_s}
+
+    def loading_seconds(self) -> dict[str, float]:
+        return {}
 
     def evict(self) -> None:
         self._replica.engine.evict()

@@ -90,6 +90,9 @@ class LocalCluster:
     def start_seconds(self) -> dict[str, float]:
         return self._supervisor.start_seconds()
 
+    def loading_seconds(self) -> dict[str, float]:
+        return self._supervisor.loading_seconds()
+
     def evict(self) -> None:
         self._supervisor.evict()
 

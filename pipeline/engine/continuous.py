@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -19,14 +20,22 @@ from pipeline.engine.engine import EngineCounters
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.engine.engine import generated_tokens
+from pipeline.engine.ledger import Ledger
+from pipeline.feed import Feed
 from pipeline.flight import FlightRecorder
 from pipeline.flight import Tag
 from schemas.errors import EngineDead
 from schemas.errors import EngineEvicted
 from schemas.errors import EngineStartError
+from schemas.ledger import Reading
 
 _WINDOW_BATCHES = 2
 """Rows admitted per row of the engine's batch: enough waiting to refill every freed slot at once, and no more."""
+_WIDE_BATCHES = 8
+"""Likewise where rows differ in what they may become: the longest of so many begin early enough to end with the others. In the
+Azure conversation trace the longest completions are five times the mean."""
+WIDER = _WIDE_BATCHES // _WINDOW_BATCHES
 _IDLE_POLL_S = 0.5
 _ROOM_POLL_S = 1.0
 _CLOSE_TIMEOUT_S = 30
@@ -41,9 +50,10 @@ class _Gate:
         self._open = False
         self._alone: object | None = None  # whose rows alone may enter
 
-    def enter(self, who: object, wait: bool) -> bool:
+    def enter(self, who: object, limit: int, wait: bool) -> bool:
+        """One more row, where fewer than `limit` are inside."""
         with self._changed:
-            while not self._open and (self._free == 0 or self._alone not in (None, who)):
+            while not self._open and (self._limit - self._free >= min(limit, self._limit) or self._alone not in (None, who)):
                 if not wait:
                     return False
                 self._changed.wait()
@@ -106,23 +116,30 @@ class _Evict:
 _Message = _Admitted | _Abandon | _Borrow | _Evict
 
 
-def window_rows(max_num_seqs: int) -> int:
+def window_rows(max_num_seqs: int, *, wide: bool = False) -> int:
     """Rows that an engine with such a batch takes in at once."""
-    return _WINDOW_BATCHES * max_num_seqs
+    return (_WIDE_BATCHES if wide else _WINDOW_BATCHES) * max_num_seqs
 
 
 class ContinuousEngine:
     """Runs a Core in its own thread, which is the only one that ever touches it."""
 
-    def __init__(self, make_core: Callable[[], Core], *, flight_path: Path | None = None) -> None:
-        """Starts the core in the owner thread; raises what it raises. What is inside is recorded at `flight_path`."""
+    def __init__(
+        self, make_core: Callable[[], Core], *, flight_path: Path | None = None, feed: Feed | None = None, spawned_at: float | None = None
+    ) -> None:
+        """Starts the core in the owner thread; raises what it raises. What is inside is recorded at `flight_path`.
+
+        The ledger counts from `spawned_at` (monotonic seconds; by default now), and hears from the feed what its callers do.
+        """
         self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._keys = itertools.count()
         self._waiting: dict[int, _Admitted] = {}
         self._dead: EngineDead | None = None
         self._door = threading.Lock()  # between the last message that is taken in and the engine's end
         self._rows = self._prompt_tokens = self._completion_tokens = 0
-        self._busy_s = self._idle_s = 0.0
+        self._feed = feed or Feed()
+        self._spawned_at = time.monotonic() if spawned_at is None else spawned_at
+        self._ledger: Ledger
         self._flight_path = flight_path
         self._recorder: FlightRecorder | None = None
         self._slots: dict[int, int | None] = {}
@@ -133,7 +150,7 @@ class ContinuousEngine:
         if isinstance(outcome, BaseException):
             raise outcome
         self._info = outcome.info
-        self._gate = _Gate(window_rows(outcome.info.max_num_seqs))
+        self._gate = _Gate(window_rows(outcome.info.max_num_seqs, wide=True))
 
     @property
     def info(self) -> EngineInfo:
@@ -153,30 +170,34 @@ class ContinuousEngine:
             rows=self._rows,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
-            busy_s=self._busy_s,
-            idle_s=self._idle_s,
             in_flight=len(self._waiting),
         )
 
-    def generate(self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False) -> Iterator[Generation]:
+    def reading(self) -> Reading:
+        """Where this engine's seconds went until now."""
+        return self._ledger.read(time.monotonic(), kept_tokens=self._feed.kept_tokens)
+
+    def generate(
+        self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False, wide: bool = False
+    ) -> Iterator[Generation]:
         """See Engine.generate."""
         outbox: Outbox = queue.SimpleQueue()
         recorder = self._recorder if tag is not None else None
         number = recorder.open_tag(tag) if recorder is not None and tag is not None else 0
         try:
             with self._gate.alone(outbox) if alone else contextlib.nullcontext():
-                yield from self._generate(iter(requests), outbox, number)
+                yield from self._generate(iter(requests), outbox, number, window_rows(self._info.max_num_seqs, wide=wide))
         finally:
             if recorder is not None:
                 recorder.close_tag(number)
 
-    def _generate(self, source: Iterator[Request], outbox: Outbox, tag: int) -> Iterator[Generation]:
+    def _generate(self, source: Iterator[Request], outbox: Outbox, tag: int, window_rows: int) -> Iterator[Generation]:
         exhausted, pending = False, 0
         try:
             while pending or not exhausted:
                 # Finished rows are handed on before new ones are pulled, or a quick engine would pile them up here;
                 # and room is waited for only with nothing of our own to wait for.
-                while not exhausted and outbox.empty() and self._gate.enter(outbox, wait=pending == 0):
+                while not exhausted and outbox.empty() and self._gate.enter(outbox, window_rows, wait=pending == 0):
                     request = None
                     try:
                         request = next(source, None)
@@ -244,11 +265,18 @@ class ContinuousEngine:
             return
         if self._flight_path is not None:
             try:
-                self._recorder = FlightRecorder(self._flight_path, window_rows(core.info.max_num_seqs))
+                self._recorder = FlightRecorder(self._flight_path, window_rows(core.info.max_num_seqs, wide=True))
             except OSError as error:
                 core.close()
                 started.put(EngineStartError(f"cannot write {self._flight_path}: {error}"))
                 return
+        self._ledger = Ledger(
+            engine=uuid.uuid4().hex[:16],
+            batch_rows=core.info.max_num_seqs,
+            spawned_at=self._spawned_at,
+            now=time.monotonic(),
+            blocked_s=self._feed.blocked_s,
+        )
         started.put(core)
         try:
             while self._turn(core):
@@ -257,13 +285,13 @@ class ContinuousEngine:
                 self._die(EngineDead(f"the engine was closed with {len(self._waiting)} rows in it"))
             core.close()
         except BaseException as error:
+            self._ledger.stop(time.monotonic())
             self._die(EngineDead(f"the engine died with {len(self._waiting)} rows in it: {type(error).__name__}: {error}"))
             raise
 
     def _turn(self, core: Core) -> bool:
         """Take in what waits, work for one step. False when closed."""
-        before = time.monotonic()
-        idle = not core.busy
+        idle, admitting = not core.busy, False
         while True:
             try:
                 message = self._inbox.get(timeout=_IDLE_POLL_S) if idle and not core.busy else self._inbox.get_nowait()
@@ -275,10 +303,13 @@ class ContinuousEngine:
                 self._leave(core)
                 return False
             if isinstance(message, _Borrow):
-                message.work(core)
+                message.work(getattr(core, "bare", core))
             elif isinstance(message, _Abandon):
                 self._abandon(core, message.outbox)
             else:
+                if not admitting:
+                    admitting = True
+                    self._ledger.admit(time.monotonic())
                 self._waiting[message.key] = message
                 if self._recorder is not None:
                     if idle:
@@ -287,16 +318,14 @@ class ContinuousEngine:
                 error = core.add(message.key, message.request)
                 if error is not None:
                     self._finish(message.key, Generation(position=message.request.position, error=error))
-        after = time.monotonic()
-        if idle:
-            self._idle_s += after - before
-            before = after
+        if admitting:
+            self._ledger.advance(time.monotonic(), core.num_rows, core.tokens_inside)
         if core.busy:
             for key, generation in core.step():
                 self._finish(key, generation)
             if self._recorder is not None:
                 self._recorder.moved()
-        self._busy_s += time.monotonic() - before
+        self._ledger.advance(time.monotonic(), core.num_rows, core.tokens_inside)
         return True
 
     def _finish(self, key: int, generation: Generation) -> None:
@@ -306,6 +335,7 @@ class ContinuousEngine:
         self._rows += 1
         self._prompt_tokens += len(admitted.request.token_ids)
         self._completion_tokens += sum(len(choice.token_ids) for choice in generation.choices)
+        self._ledger.finish(len(admitted.request.token_ids), generated_tokens(admitted.request, generation))
         if self._recorder is not None:
             self._recorder.leave(self._slots.pop(key))
         self._gate.leave()
@@ -313,11 +343,14 @@ class ContinuousEngine:
 
     def _abandon(self, core: Core, outbox: Outbox) -> None:
         gone = [key for key, admitted in self._waiting.items() if admitted.outbox is outbox]
+        before = core.tokens_inside() if gone else 0
         for key in gone:
             core.abort(key)
             del self._waiting[key]
             if self._recorder is not None:
                 self._recorder.leave(self._slots.pop(key), finished=False)
+        if gone:
+            self._ledger.throw_away(before - core.tokens_inside())
         self._gate.leave(len(gone))
 
     def _leave(self, core: Core) -> None:
@@ -326,6 +359,8 @@ class ContinuousEngine:
         for key, admitted in self._waiting.items():
             _, tokens = begun.setdefault(id(admitted.outbox), (admitted.outbox, {}))
             tokens[admitted.request.position] = core.begun(key)
+        self._ledger.throw_away(core.tokens_inside())  # callers say which of them they keep
+        self._ledger.advance(time.monotonic(), 0, lambda: 0)
         message = f"the engine was asked to leave with {len(self._waiting)} rows in it"
         self._waiting.clear()  # what is said below is all that their callers hear
         with self._door:

@@ -26,6 +26,8 @@ class Request:
     """Set where temperature is above 0."""
     begun: tuple[int, ...] = ()
     """Tokens that an earlier engine had generated for this row; the answer begins with them."""
+    ordered: bool = False
+    """Whether it may be taken before or after its turn, and be answered with a copy of an identical row's answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,8 @@ class Generation:
     position: int
     choices: tuple[GeneratedChoice, ...] = ()
     error: RowError | None = None
+    copied: bool = False
+    """Whether the choices were generated for an identical row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +72,6 @@ class EngineCounters:
     rows: int
     prompt_tokens: int
     completion_tokens: int
-    busy_s: float
-    """Seconds in which at least one row was in the engine."""
-    idle_s: float
-    """Seconds in which it waited for rows."""
     in_flight: int
 
 
@@ -92,17 +92,28 @@ def may_go_on(sampling: Sampling) -> bool:
     )
 
 
+def generated_tokens(request: Request, generation: Generation) -> int:
+    """Output tokens that this engine made for a row; those it had begun with were made by an earlier one."""
+    if generation.copied:
+        return 0
+    num_tokens = sum(len(choice.token_ids) for choice in generation.choices)
+    return max(0, num_tokens - len(request.begun))
+
+
 class Engine(Protocol):
     """What a unit needs of an engine."""
 
     @property
     def info(self) -> EngineInfo: ...
 
-    def generate(self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False) -> Iterator[Generation]:
+    def generate(
+        self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False, wide: bool = False
+    ) -> Iterator[Generation]:
         """Generations as they finish, in no order. Safe from several threads, whose requests run in one continuous batch.
 
         Requests are pulled as the engine has room for them, in the caller's thread. The tag names them in the flight record;
-        alone, no other caller's row is in the engine with them. Raises EngineDead; as EngineEvicted after what is finished.
+        alone, no other caller's row is in the engine with them; wide, more of them are taken in, to choose the longest from.
+        Raises EngineDead; as EngineEvicted after what is finished.
         """
         ...
 
@@ -122,6 +133,11 @@ class Core(Protocol):
         """Whether a step would do work."""
         ...
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that are being generated or wait for it, without those that will be copied from them."""
+        ...
+
     def add(self, key: int, request: Request) -> RowError | None:
         """Take a request in, or say why it cannot be done."""
         ...
@@ -132,6 +148,10 @@ class Core(Protocol):
 
     def begun(self, key: int) -> list[int]:
         """Token ids that a request has got so far; empty where going on from them would not be exact."""
+        ...
+
+    def tokens_inside(self) -> int:
+        """Output tokens that this engine has made so far for rows that are not finished. Asked every second or so."""
         ...
 
     def step(self) -> list[tuple[int, Generation]]:

@@ -52,6 +52,10 @@ class OrderedCore:
     def busy(self) -> bool:
         return bool(self._owners or self._known)
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._owners)
+
     def add(self, key: int, request: Request) -> RowError | None:
         answer_to = answer_key(request) if request.ordered else None
         if answer_to is not None:

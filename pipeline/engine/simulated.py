@@ -58,6 +58,10 @@ class SimulatedCore:
     def busy(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._waiting) + len(self._running)
+
     def add(self, key: int, request: Request) -> RowError | None:
         if not self.busy:
             self._now = time.monotonic()
@@ -79,6 +83,11 @@ class SimulatedCore:
         (finish_at,) = [at for at, running in self._running if running == key]
         (choice,) = self._generation(request).choices
         return choice.token_ids[: max(0, len(choice.token_ids) - math.ceil(finish_at - self._tokens_per_row))]
+
+    def tokens_inside(self) -> int:
+        left = sum(finish_at - self._tokens_per_row for finish_at, _ in self._running)
+        whole = sum((self._length(request) - len(request.begun)) * request.sampling.n for request in self._requests.values())
+        return max(0, math.floor(whole - left))
 
     def step(self) -> list[tuple[int, Generation]]:
         """Admit what fits, then decode until the next rows finish, or for a moment."""

@@ -83,6 +83,10 @@ class VllmCore:
     def busy(self) -> bool:
         return bool(self._rows)  # step() with nothing unfinished would block for ever
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
     def add(self, key: int, request: Request) -> RowError | None:
         name = str(key)
         token_ids = [*request.token_ids, *request.begun]
@@ -109,6 +113,10 @@ class VllmCore:
         processor = self._engine.output_processor
         (state,) = [processor.request_states[name] for name in processor.external_req_ids[str(key)]]
         return [*request.begun, *state.detokenizer.output_token_ids]
+
+    def tokens_inside(self) -> int:
+        states = self._engine.output_processor.request_states.values()
+        return sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
 
     def step(self) -> list[tuple[int, Generation]]:
         finished = []

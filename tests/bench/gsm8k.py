@@ -89,7 +89,7 @@ def raw_task(requests: list[tuple[list[int], int]]) -> dict[str, float]:
 
 def run_pipeline(accepted: Accepted, cluster: LocalCluster) -> tuple[Measured, dict[str, float], Any]:
     """One whole job on warm replicas: from the first unit's start to the last commit."""
-    busy_before = {replica.name: (replica.busy_s, replica.idle_s) for replica in cluster.replicas()}
+    busy_before = {replica.name: replica.ledger.busy_s for replica in cluster.replicas() if replica.ledger is not None}
     progress = Driver(accepted, cluster).run()
     ended = time.time()
     assert progress.state == "complete", progress
@@ -99,8 +99,8 @@ def run_pipeline(accepted: Accepted, cluster: LocalCluster) -> tuple[Measured, d
     time.sleep(1.5)  # the replicas' last heartbeat
     seconds = {f"thread seconds, {kind}": value for kind, value in totals.seconds.items()}
     for replica in cluster.replicas():
-        busy, _ = busy_before[replica.name]
-        seconds[f"engine busy, {replica.name}"] = replica.busy_s - busy
+        if replica.ledger is not None:
+            seconds[f"engine busy, {replica.name}"] = replica.ledger.busy_s - busy_before.get(replica.name, 0.0)
     return Measured(output_tokens=totals.completion_tokens, seconds=ended - totals.started_at), seconds, totals
 
 

@@ -22,6 +22,7 @@ from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.feed import Feed
 from pipeline.flight import Flight
 from pipeline.flight import Tag
 from pipeline.model import resolve_model
@@ -64,14 +65,16 @@ class SmallEngine:
     def info(self) -> EngineInfo:
         return INFO
 
-    def generate(self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False) -> Iterator[Generation]:
+    def generate(
+        self, requests: Iterable[Request], *, tag: Tag | None = None, alone: bool = False, wide: bool = False
+    ) -> Iterator[Generation]:
         taken = list(requests)
         self.asked += taken
         self.calls.append((sorted(request.position for request in taken), alone))
         yield from self._answers(taken)
 
     def counters(self) -> EngineCounters:
-        return EngineCounters(rows=0, prompt_tokens=0, completion_tokens=0, busy_s=0.0, idle_s=0.0, in_flight=0)
+        return EngineCounters(rows=0, prompt_tokens=0, completion_tokens=0, in_flight=0)
 
     def close(self) -> None:
         return
@@ -126,7 +129,7 @@ def record_of(job: JobSpec, schema: pa.Schema) -> JobRecord:
 def tools_for(job: JobSpec, schema: pa.Schema, engine: SmallEngine) -> Tools:
     record = record_of(job, schema)
     renderer = Renderer(load_tokenizer(job.model), job, max_model_len=INFO.max_model_len, seed_base=record.fingerprint)
-    return Tools(record=record, job=job, engine=engine, renderer=renderer, worker="w", provenance={"tool": "t"})
+    return Tools(record=record, job=job, engine=engine, feed=Feed(), renderer=renderer, worker="w", provenance={"tool": "t"})
 
 
 def prompts(count: int) -> pa.Table:

@@ -58,6 +58,10 @@ class SmallCore:
     def busy(self) -> bool:
         return bool(self.held)
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.held)
+
     def add(self, key: int, request: Request) -> RowError | None:
         if not request.token_ids:
             return RowError(kind="empty_prompt", message="no tokens")
@@ -72,6 +76,9 @@ class SmallCore:
 
     def begun(self, key: int) -> list[int]:
         return [9] * (self.held[key].position + 1)
+
+    def tokens_inside(self) -> int:
+        return 0
 
     def step(self) -> list[tuple[int, Generation]]:
         if not self.ready.wait(0.01):
@@ -547,8 +554,6 @@ def test_counters_add_up_over_callers(start: Start) -> None:
     in_threads(*[lambda: list(engine.generate([ask(1, num_tokens=3), ask(2, num_tokens=0)]))] * 2)
     counters = engine.counters()
     assert (counters.rows, counters.prompt_tokens, counters.completion_tokens, counters.in_flight) == (4, 6, 4, 0)
-    assert counters.busy_s >= 0
-    assert counters.idle_s >= 0
 
 
 def test_the_engine_shows_its_cores_info(start: Start) -> None:
