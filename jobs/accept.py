@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from jobs.plan import make_plan
 from pipeline import storage
 from pipeline.model import Model
 from pipeline.model import resolve_model
+from pipeline.profile import ReplicaPlan
+from pipeline.profile import cut_machine
 from pipeline.prompts import check_columns
 from pipeline.prompts import needs_chat
 from schemas import layout
@@ -29,15 +32,17 @@ from schemas.unit import WorkUnit
 
 _SPEED_ONLY = frozenset(
     {
-        "async_scheduling", "block_size", "compilation_config", "decode_tokens_per_s",
+        "async_scheduling", "attention_backend", "block_size", "compilation_config", "decode_tokens_per_s",
         "distributed_executor_backend",
         "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
-        "kv_cache_memory_bytes", "load_format",
+        "kv_cache_memory_bytes", "load_format", "max_cudagraph_capture_size",
         "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size",
         "prefill_tokens_per_s", "start_s", "tensor_parallel_size",
     }
 )  # fmt: skip
 """Engine options that may change between runs of one job: they decide how fast, not what."""
+NUMERICS = ("dtype", "kv_cache_dtype")
+"""Engine options that a profile may choose and that show in the output; a job keeps those that it was begun with."""
 _PART_NAME = re.compile(r"part-(\d{8})-([0-9a-f]{8})\.parquet")
 
 
@@ -50,6 +55,8 @@ class Accepted:
     plan: Plan
     model: Model
     out_uri: str
+    cut: ReplicaPlan | None
+    """How this machine's engines are cut; None where the nodes of a cluster decide, or nothing is left to do."""
     done: dict[int, int]
     """Size in bytes of the committed part, by unit."""
     begun: bool
@@ -93,7 +100,8 @@ def accept(job: JobSpec) -> Accepted:
     inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/")]
     if inside:
         raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
-    record = make_record(job, plan, schema, model)
+    numerics = stored_numerics(stored) if stored else _numerics(_cut(job, model, {}), job)
+    record = make_record(job, plan, schema, model, numerics)
     if stored is not None and stored_plan is None and record.fingerprint != stored.fingerprint and not list_parts(out_uri, "")[1]:
         raise JobError(
             f"output.uri: an earlier run stopped before it could store its plan, and job or inputs changed since; "
@@ -112,12 +120,14 @@ def accept(job: JobSpec) -> Accepted:
         raise JobError(
             f"output.uri: {out_uri} holds the {layout.SUCCESS} of something else, so readers would take it for finished; remove it"
         )
+    left = any(unit.index not in done for unit in plan.units)
     return Accepted(
         job=job,
         record=record,
         plan=plan,
         model=model,
         out_uri=out_uri,
+        cut=_cut(job, model, numerics) if left else None,
         done=done,
         begun=stored is not None,
         new_objects=_new_objects(job, plan) if stored is not None else (),
@@ -125,8 +135,27 @@ def accept(job: JobSpec) -> Accepted:
     )
 
 
-def make_record(job: JobSpec, plan: Plan, schema: pa.Schema, model: Model) -> JobRecord:
-    """What the fingerprint covers: all that decides the output; not cluster, replicas, batch limits or versions."""
+def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any]) -> ReplicaPlan | None:
+    if job.cluster.kind == "address":
+        return None
+    return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics)
+
+
+def _numerics(cut: ReplicaPlan | None, job: JobSpec) -> dict[str, Any]:
+    """What the profile, and not the job, says of them."""
+    if cut is None or job.engine.kind == "simulated":
+        return {}
+    return {name: cut.options[name] for name in NUMERICS if name in cut.options and name not in job.engine.options}
+
+
+def stored_numerics(record: JobRecord) -> dict[str, Any]:
+    """Those that a job was begun with; none where it was begun by a version, or on a cluster, that did not record them."""
+    found: dict[str, Any] = record.decides["engine"].get("found", {})
+    return found
+
+
+def make_record(job: JobSpec, plan: Plan, schema: pa.Schema, model: Model, numerics: Mapping[str, Any]) -> JobRecord:
+    """What the fingerprint covers: all that decides the output, dtype included; not cluster, replicas, batch limits or versions."""
     spec = job.model_dump(by_alias=True, exclude_unset=True, mode="json")
     spec["input"]["uri"] = [storage.absolute(uri) for uri in job.input.uris]
     spec["output"]["uri"] = storage.absolute(job.output.uri)
@@ -148,6 +177,7 @@ def make_record(job: JobSpec, plan: Plan, schema: pa.Schema, model: Model) -> Jo
         "engine": {
             "kind": job.engine.kind,
             "options": {name: value for name, value in sorted(job.engine.options.items()) if name not in _SPEED_ONLY},
+            **({"found": dict(numerics)} if numerics else {}),
         },
     }
     return JobRecord(job=spec, decides=decides, schema=encode_schema(schema), tool_version=importlib.metadata.version("tokenmill"))

@@ -103,6 +103,8 @@ def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
     plan = cut_machine(spec.job.engine, model, replicas=spec.replicas)
     specs = replica_specs(spec, model, plan, tempfile.mkdtemp(prefix="tokenmill-"))
     say(f"node {spec.name}: {plan.replicas} replicas of {model.path} ({plan.profile}); logs in {specs[0].config.folder}")
+    if plan.found:
+        say(f"node {spec.name}: {plan.found}")
     kind = spec.job.engine.kind
     supervisor = Supervisor(
         specs, max_loading=engines_at_once(kind, plan.replicas), silence_s=spec.job.limits.engine_silence_s, on_death=record_death

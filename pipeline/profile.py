@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +19,13 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.model import Model
+from pipeline.tuned import find_tuned
 from schemas.errors import JobError
 from schemas.errors import describe_validation
 from schemas.job import EngineSpec
 from schemas.job import SimulatedOptions
 from schemas.profile import Profile
+from schemas.tuned import Tuned
 
 _FOLDER = Path(__file__).parent / "profiles"
 _MEMORY_SHARE = 0.8
@@ -25,6 +33,16 @@ _MEMORY_SHARE = 0.8
 _ENGINE_OVERHEAD_BYTES = 2 << 30
 """vLLM, torch and activations of one CPU replica; 1.4 GB measured with SmolLM2-135M, rounded up."""
 _WIDTH_BYTES = {"float32": 4}
+ALLOCATORS = ("tcmalloc", "mimalloc", "tbbmalloc", "jemalloc")
+"""Best first. Any of them spares the engine glibc's page faults on every logits buffer."""
+_LIBRARIES = {
+    # Name to what the dynamic loader calls it, and where Python packages put it, under their prefix or their site-packages.
+    "tcmalloc": ("tcmalloc_minimal", ()),
+    "mimalloc": ("mimalloc", ("cmeel.prefix/lib/libmimalloc.so",)),
+    "tbbmalloc": ("tbbmalloc_proxy", ("lib/libtbbmalloc_proxy.so.2",)),
+    "jemalloc": ("jemalloc", ()),
+    "iomp": ("iomp5", ("lib/libiomp5.so",)),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +55,12 @@ class Machine:
     num_gpus: int = 0
     visible_gpus: tuple[str, ...] = ()
     """As CUDA_VISIBLE_DEVICES names them; by default all, by number."""
-    tcmalloc: str | None = None
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    """Of those worth preloading, what was found, and where."""
+    cpu_name: str = ""
+    gpu_name: str = ""
+    gpu_memory_bytes: int = 0
+    """Of one GPU; 0 where nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +75,10 @@ class ReplicaPlan:
     """Must be set before a replica's process starts."""
     device_environments: tuple[dict[str, str], ...] = ()
     """One per replica, over `environment`, where replicas differ (which GPU)."""
+    bare: bool = False
+    """Engine processes get nothing of Tokenmill's own environment: what somebody has who calls the engine by hand."""
+    found: str = ""
+    """For people: where the settings come from, if they were tuned."""
 
     def environment_of(self, index: int) -> dict[str, str]:
         own = self.device_environments[index % len(self.device_environments)] if self.device_environments else {}
@@ -60,17 +87,12 @@ class ReplicaPlan:
 
 def this_machine() -> Machine:
     """Looks at /proc, the scheduler's affinity and CUDA's or ROCm's device nodes."""
-    flags: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                flags = set(line.split(":", 1)[1].split())
-                break
-    except OSError:
-        pass
+    said = _cpuinfo()
+    flags = set((said.get("flags") or said.get("Features") or "").split())
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = tuple(device for device in (given or "").split(",") if device)
+    gpu_name, gpu_memory_bytes = _first_gpu() if gpus else ("", 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         cores=cores,
@@ -78,8 +100,52 @@ def this_machine() -> Machine:
         cpu_flags=frozenset(flags),
         num_gpus=len(visible) if given is not None else gpus,
         visible_gpus=visible,
-        tcmalloc=ctypes.util.find_library("tcmalloc_minimal"),
+        libraries=_find_libraries(),
+        cpu_name=said.get("model name", ""),
+        gpu_name=gpu_name,
+        gpu_memory_bytes=gpu_memory_bytes,
     )
+
+
+def node_kind(machine: Machine) -> str:
+    """Names machines on which the same settings are good, as part of a file's name."""
+    memory_gb = round(machine.memory_bytes / 1e9 / 4) * 4  # kernels differ by some hundred MB
+    parts = [f"{machine.cores}-cores", machine.cpu_name or "cpu", f"{memory_gb}gb"]
+    if machine.num_gpus:
+        parts = [f"{machine.num_gpus}x", machine.gpu_name or "gpu", *parts[:1]]
+    return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Of the first core."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _find_libraries() -> dict[str, str]:
+    roots = (Path(sys.prefix), Path(sysconfig.get_path("purelib")))
+    found = {}
+    for name, (soname, places) in _LIBRARIES.items():
+        paths = [str(root / place) for place in places for root in roots if (root / place).is_file()]
+        where = next(iter(paths), None) or ctypes.util.find_library(soname)
+        if where:
+            found[name] = where
+    return found
+
+
+def _first_gpu() -> tuple[str, int]:
+    """Name and memory; the driver's own tool knows without loading CUDA into this process."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        name, memory_mib = lines[0].rsplit(",", 1)
+        return name.strip(), int(memory_mib) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return "", 0
 
 
 def _container_memory_bytes() -> int:
@@ -109,13 +175,25 @@ def load_profile(name: str, machine: Machine) -> Profile:
         raise JobError(f"profile {known[chosen]}: {describe_validation(error)}") from None
 
 
-def cut_machine(engine: EngineSpec, model: Model, *, replicas: int | None) -> ReplicaPlan:
-    """The replicas that this machine runs. Raises JobError."""
+def cut_machine(engine: EngineSpec, model: Model, *, replicas: int | None, numerics: Mapping[str, Any] | None = None) -> ReplicaPlan:
+    """The replicas that this machine runs: as tuned, where the profile is auto and something was. Raises JobError.
+
+    `numerics` are options that a job was begun with; they win over the profile's, as the job's own win over both.
+    """
+    options = {**(numerics or {}), **engine.options}
     if engine.kind == "simulated":
         options = SimulatedOptions.model_validate(engine.options).model_dump()
         return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options)
     machine = this_machine()
-    return plan_replicas(load_profile(engine.profile, machine), machine, model, replicas=replicas, options=engine.options)
+    tuned = find_tuned(model.weights_digest, node_kind(machine)) if engine.profile == "auto" else None
+    if tuned is None:
+        return plan_replicas(load_profile(engine.profile, machine), machine, model, replicas=replicas, options=options)
+    return replace(plan_replicas(tuned.profile, machine, model, replicas=replicas, options=options), found=_where_from(tuned))
+
+
+def _where_from(tuned: Tuned) -> str:
+    times = f", {tuned.times_defaults:.1f} times {tuned.engine}'s own defaults" if tuned.times_defaults else ""
+    return f"engine settings as tuned for this model and node ({tuned.made_at[:10]}{times}); see tokenmill tune --show"
 
 
 def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas: int | None, options: dict[str, Any]) -> ReplicaPlan:
@@ -128,8 +206,9 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
         "dtype": profile.dtype,
         **profile.options,
     }
+    replicas = replicas or profile.replicas
     if profile.device == "gpu":
-        width = _whole(options, "tensor_parallel_size", 1)
+        width = _whole({**profile.options, **options}, "tensor_parallel_size", 1)
         count = replicas or max(1, machine.num_gpus // width)
         devices = machine.visible_gpus or tuple(map(str, range(machine.num_gpus)))
         if count * width > machine.num_gpus:
@@ -162,6 +241,7 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     threads = min(profile.cores_per_replica or machine.cores, machine.cores)
     count = replicas or max(1, min(machine.cores // threads, fit))
     environment = {**profile.environment, "OMP_NUM_THREADS": str(max(1, machine.cores // count))}
-    if machine.tcmalloc:
-        environment["LD_PRELOAD"] = machine.tcmalloc
+    wanted = [name for name in ALLOCATORS if name in machine.libraries][:1] if profile.preload is None else profile.preload
+    if paths := [machine.libraries[name] for name in wanted if name in machine.libraries]:
+        environment["LD_PRELOAD"] = ":".join(paths)
     return ReplicaPlan(profile=profile.name, replicas=count, options={**made, **options}, environment=environment)

@@ -16,14 +16,19 @@ class Profile(Frozen):
     name: str
     description: str
     device: Literal["cpu", "gpu"]
+    replicas: int | None = Field(default=None, ge=1)
+    """Engine replicas of one node; by default as many as its cores or devices give."""
     cores_per_replica: int | None = Field(default=None, ge=1)
-    """CPU only: cores one engine replica computes on."""
+    """CPU only: cores one engine replica computes on, where `replicas` does not say."""
     kv_cache_bytes: int | None = Field(default=None, ge=1)
     """CPU only: upper bound of one replica's KV cache."""
     max_num_seqs: int = Field(ge=1)
     max_num_batched_tokens: int = Field(ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     """Upper bound of prompt plus completion; by default the model's own."""
+    preload: tuple[str, ...] | None = None
+    """CPU only: libraries that engine processes start with, by the names that pipeline.profile knows; those that a machine lacks
+    are left out. By default an allocator, where one is found."""
     options: dict[str, Any] = {}
     environment: dict[str, str] = {}
     dtype_by_cpu_flag: dict[str, str] = {}

@@ -163,7 +163,7 @@ def test_a_profile_may_bound_the_models_length() -> None:
 
 
 def test_a_found_allocator_is_preloaded() -> None:
-    assert plan(CPU, machine(2, tcmalloc="libtcmalloc_minimal.so.4")).environment["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
+    assert plan(CPU, machine(2, libraries={"tcmalloc": "libtcmalloc_minimal.so.4"})).environment["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
     assert "LD_PRELOAD" not in plan(CPU, machine(2)).environment
 
 

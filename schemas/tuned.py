@@ -1,0 +1,49 @@
+"""Tuned: the engine settings that trials found quickest for one model on one kind of node. Lies in the user's cache."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import Field
+from pydantic import ValidationError
+
+from schemas.errors import JobError
+from schemas.errors import describe_validation
+from schemas.profile import Profile
+from schemas.sampling import Frozen
+
+
+class Tuned(Frozen):
+    """A profile with where it comes from."""
+
+    weights: str
+    """Digest of the model that it is for."""
+    node: str
+    """Kind of node that it is for."""
+    engine: str
+    """Package and version of the engine that it was found with; no other takes it."""
+    profile: Profile
+    made_at: str
+    rows: int = Field(ge=1)
+    """Rows of the table that every trial ran."""
+    output_tokens_per_s: float = Field(gt=0)
+    defaults_tokens_per_s: float | None = None
+    """Of the engine's own defaults on the same rows; None where they did not come up."""
+    trials: int = Field(ge=1)
+    quicker_model: str | None = None
+    """Folder of a checkpoint of the same model in another precision that was quicker still. Nobody takes it by itself."""
+
+    @property
+    def times_defaults(self) -> float | None:
+        return self.output_tokens_per_s / self.defaults_tokens_per_s if self.defaults_tokens_per_s else None
+
+    def to_json(self) -> bytes:
+        return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Tuned:
+        """Raises JobError saying where it lies."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise JobError(f"{where}: {describe_validation(error)}; remove it, or run `tokenmill tune` again") from None
