@@ -56,7 +56,7 @@ def account_of(life: Life, *, began_at: float, ends_at: float, is_last: bool, ov
     generated, kept = last.generated_tokens - base.generated_tokens, last.kept_tokens - base.kept_tokens
     if over or not alive:
         # Of the seconds with a row in the engine, the share of tokens that came to nothing.
-        wasted = max(0, generated - kept) / generated if generated > 0 else float(not alive)
+        wasted = min(1.0, max(0, generated - kept) / generated) if generated > 0 else float(not alive)
         low_s = starved_s + blocked_s + tail_s
         useful = 1.0 - wasted * min(1.0, working_s / low_s) if low_s > 0 else 1.0
         lost_s = wasted * busy_s + (1.0 - useful) * low_s
