@@ -1,0 +1,445 @@
+"""Which engine settings to try next. Machine, models and what was measured so far in, the next trial out; measures nothing.
+
+A setting is a value for each dimension. The walk goes through the dimensions in the order of what they are worth, a few at a time,
+and varies each around the best setting so far. Since an engine's start costs more than a trial's rows, halving happens inside a
+trial: at a quarter and at half of its tokens one that is clearly slower than the best was there ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+from typing import Literal
+
+from pipeline.model import Model
+from pipeline.profile import ALLOCATORS
+from pipeline.profile import Machine
+from pipeline.profile import ReplicaPlan
+from pipeline.profile import plan_replicas
+from schemas.profile import Profile
+
+BETTER = 1.02
+"""A setting replaces the best one only if it is quicker by more than what two runs of the same differ by."""
+RUNGS = ((0.25, 0.60), (0.50, 0.80))
+"""Share of a trial's tokens, and share of the best setting's speed up to there below which the trial ends."""
+_ENGINES_OWN_START = 4.0
+"""The engine's defaults compile and start processes of their own: 120 s against 30 s for ours, on two cores."""
+_COMPILE_S = 90.0
+_FIRST_START_S = 40.0
+"""Where nothing was started yet."""
+_GPU_SHARE = 0.92
+_GPU_OVERHEAD_BYTES = 5 << 30
+_KV_SHARE = 0.2
+"""Of the weights' bytes, that the cache must get at least before a tensor-parallel width is worth a trial."""
+_ROWS_AT_LEAST = 64
+"""The same, in longest rows."""
+_WIDTHS = 2
+"""The smallest tensor-parallel width that fits, and the next: wider ones lose more to talking than they gain."""
+_WORTH_SHARING = 0.05
+"""Of the prompts' tokens, that a prefix cache would find, before it is worth a trial."""
+_FIELDS = ("max_num_seqs", "max_num_batched_tokens", "dtype")
+"""Options that a profile has as fields of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One point of the space."""
+
+    model: str
+    """Digest of the weights."""
+    replicas: int
+    options: tuple[tuple[str, Any], ...]
+    """Engine arguments, sorted by name; those that are None are the engine's own."""
+    preload: tuple[str, ...] | None = ()
+    defaults: bool = False
+    """The engine's own defaults, with nothing of ours; one replica."""
+
+    @property
+    def key(self) -> str:
+        """The same for equal settings, in every process."""
+        return json.dumps([self.model, self.replicas, list(map(list, self.options)), self.preload, self.defaults])
+
+    def get(self, name: str) -> Any:
+        return dict(self.options).get(name)
+
+    def but(
+        self, *, model: str | None = None, replicas: int | None = None, preload: tuple[str, ...] | None = None, **options: Any
+    ) -> Setting:
+        """This setting with some values changed."""
+        merged = {**dict(self.options), **options}
+        return replace(
+            self,
+            model=model or self.model,
+            replicas=replicas or self.replicas,
+            preload=self.preload if preload is None else preload,
+            options=tuple(sorted((name, value) for name, value in merged.items() if value is not None)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What came of a trial."""
+
+    state: Literal["done", "stopped", "failed"]
+    """Stopped because it was clearly slower; failed because the engine did not come up, died, or generates something else."""
+    output_tokens_per_s: float = 0.0
+    curve: tuple[tuple[float, int], ...] = ()
+    """Seconds since the rows went in, and output tokens by then."""
+    start_s: float = 0.0
+    run_s: float = 0.0
+    message: str = ""
+
+
+Cut = tuple[int, Mapping[str, Any]]
+"""Replicas of a node, and the options that go with so many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """What may be varied, and around what."""
+
+    start: Setting
+    """What a run without tuning would take."""
+    models: tuple[str, ...]
+    """Digests; the first is the model itself, the others are the same in other precisions, the most promising first."""
+    dtypes: tuple[str, ...] = ()
+    cuts: tuple[tuple[str, tuple[Cut, ...]], ...] = ()
+    """For each model, from fewest replicas to most."""
+    libraries: tuple[tuple[str, ...], ...] = ()
+    ladders: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Options with an order, and the values that they may take."""
+    rest: tuple[Mapping[str, Any], ...] = ()
+    """Changes that are tried last, each by itself."""
+
+    def cuts_of(self, model: str) -> tuple[Cut, ...]:
+        return dict(self.cuts).get(model, ())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Where a search stands."""
+
+    next: Setting | None
+    """None at its end."""
+    best: Setting
+    skipped: int = 0
+    """Settings that the time that is left is too short for."""
+
+
+def next_trial(space: Space, outcomes: Mapping[str, Outcome], *, left_s: float) -> Step:
+    """The next setting to try, given what every tried one gave, by its key.
+
+    A setting that would not end in time is left out, but for the two that everything is compared with.
+    """
+    always, skipped = (space.start, engine_defaults(space)), 0
+    walk = _walk(space, outcomes)
+    try:
+        wanted, best = next(walk)
+        while True:
+            outcome = outcomes.get(wanted.key)
+            if outcome is None and (wanted in always or expected_s(wanted, outcomes) <= left_s):
+                return Step(next=wanted, best=best, skipped=skipped)
+            if outcome is None:
+                skipped += 1
+                outcome = Outcome(state="stopped")
+            wanted, best = walk.send(outcome)
+    except StopIteration as end:
+        return Step(next=None, best=end.value, skipped=skipped)
+
+
+def best_of(space: Space, outcomes: Mapping[str, Outcome], model: str) -> Setting | None:
+    """The best setting that was measured for one model; None where none was."""
+    found = [
+        (outcome.output_tokens_per_s, key)
+        for key, outcome in outcomes.items()
+        if outcome.state == "done" and (setting := parse_key(key)).model == model and not setting.defaults
+    ]
+    return parse_key(max(found)[1]) if found else None
+
+
+def parse_key(key: str) -> Setting:
+    model, replicas, options, preload, defaults = json.loads(key)
+    return Setting(
+        model=model,
+        replicas=replicas,
+        options=tuple((name, value) for name, value in options),
+        preload=None if preload is None else tuple(preload),
+        defaults=defaults,
+    )
+
+
+def engine_defaults(space: Space) -> Setting:
+    """What the engine takes on this node when only the model is named."""
+    return Setting(model=space.models[0], replicas=1, options=(), preload=(), defaults=True)
+
+
+def goes_on(curve: Sequence[tuple[float, int]], best: Sequence[tuple[float, int]], *, total_tokens: int) -> bool:
+    """Whether a running trial, of which this is known so far, may still be the quickest. Both ran the same rows."""
+    if not curve or not best:
+        return True
+    now_s, now_tokens = curve[-1]
+    for share, least in RUNGS:
+        rung = share * total_tokens
+        best_s = _seconds_at(best, rung)
+        if best_s is None:
+            continue
+        mine_s = _seconds_at(curve, rung)
+        if (now_s if mine_s is None else mine_s) > best_s / least:
+            return False
+    return now_tokens >= total_tokens or now_s <= best[-1][0] / RUNGS[-1][1]
+
+
+def _seconds_at(curve: Sequence[tuple[float, int]], tokens: float) -> float | None:
+    """When so many tokens were there, between the points that are known; None if never."""
+    before_s, before = 0.0, 0
+    for at_s, count in curve:
+        if count >= tokens:
+            return before_s + (at_s - before_s) * ((tokens - before) / (count - before) if count > before else 1.0)
+        before_s, before = at_s, count
+    return None
+
+
+def expected_s(setting: Setting, outcomes: Mapping[str, Outcome]) -> float:
+    """How long a trial of it will take, by what others took: starts are slower than rows, and replicas start one after the other."""
+    seen = {parse_key(key): outcome for key, outcome in outcomes.items()}
+    ours = {tried: outcome for tried, outcome in seen.items() if not tried.defaults and outcome.state != "failed"}
+    each_s = max((outcome.start_s / tried.replicas for tried, outcome in ours.items() if not _compiles(tried)), default=_FIRST_START_S)
+    runs = [outcome.run_s for outcome in ours.values() if outcome.state == "done"]
+    run_s = min(runs, default=_FIRST_START_S) / RUNGS[-1][1]
+    if setting.defaults:
+        return each_s * _ENGINES_OWN_START + 3 * run_s
+    start_s = each_s * setting.replicas + (_COMPILE_S * setting.replicas if _compiles(setting) else 0.0)
+    return start_s + run_s
+
+
+def profile_of(setting: Setting, base: Profile) -> Profile:
+    """The profile that makes a run take this setting."""
+    options = dict(setting.options)
+    values = {
+        "name": f"{base.name}-tuned",
+        "description": f"{base.description.rstrip('.')}, as tuned.",
+        "replicas": setting.replicas,
+        "preload": setting.preload,
+        "dtype_by_cpu_flag": {},
+        **{name: options.pop(name) for name in _FIELDS if name in options},
+        "options": {**base.options, **options},
+    }
+    return Profile.model_validate({**base.model_dump(), **values})
+
+
+def plan_of(setting: Setting, base: Profile, machine: Machine, model: Model, options: Mapping[str, Any]) -> ReplicaPlan:
+    """How its trial is run; the user's own options are part of every trial but the engine's defaults. Raises JobError."""
+    plan = plan_replicas(profile_of(setting, base), machine, model, replicas=setting.replicas, options=dict(options))
+    if not setting.defaults:
+        return plan
+    # The engine would take nearly all memory for its cache, which other processes hold; its size decides no speed here.
+    cache = {name: plan.options[name] for name in ("kv_cache_memory_bytes",) if name in plan.options}
+    return ReplicaPlan(profile="defaults", replicas=1, options=cache, bare=True)
+
+
+def space_for(
+    machine: Machine,
+    base: Profile,
+    models: Sequence[Model],
+    *,
+    options: Mapping[str, Any],
+    replicas: int | None = None,
+    rows: int,
+    tokens_per_row: int,
+    shared_share: float = 0.0,
+    kv_cache_dtypes: Sequence[str] = (),
+) -> Space:
+    """What is worth trying on a machine; what the user says, options or replicas, stays as it is.
+
+    `tokens_per_row` is the longest prompt and completion together, `shared_share` how much of the prompts' tokens begin another
+    prompt, too. KV types that lose precision are for the caller to allow. Raises JobError where the model fits nowhere.
+    """
+    plan = plan_replicas(base, machine, models[0], replicas=replicas, options=dict(options))
+    free = {name: value for name, value in plan.options.items() if name in (*_FIELDS, *base.options) and name not in options}
+    preload = tuple(name for name in ALLOCATORS if name in machine.libraries)[:1] if base.device == "cpu" else ()
+    start = Setting(model=models[0].weights_digest, replicas=plan.replicas, options=(), preload=preload).but(**free)
+    build = _gpu_space if base.device == "gpu" else _cpu_space
+    space = build(machine, start, models, options, tokens_per_row)
+    rest = [{"kv_cache_dtype": name} for name in kv_cache_dtypes]
+    if shared_share >= _WORTH_SHARING:
+        rest.append({"enable_prefix_caching": True})
+    rest += space.rest
+    return replace(
+        space,
+        ladders=tuple(
+            (name, tuple(v for v in values if v <= max(rows, 64) or "tokens" in name))
+            for name, values in space.ladders
+            if name not in options
+        ),
+        rest=tuple(change for change in rest if not set(change) & set(options)),
+        dtypes=() if "dtype" in options else space.dtypes,
+        cuts=() if replicas else space.cuts,
+    )
+
+
+def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], options: Mapping[str, Any], tokens_per_row: int) -> Space:
+    x86 = "sse2" in machine.cpu_flags
+    dtypes = [name for name in ("bfloat16", "float32", "float16") if name != "float16" or not x86 or "avx512_fp16" in machine.cpu_flags]
+    dtypes.sort(key=lambda name: name != start.get("dtype"))
+    cuts = sorted({max(1, machine.cores // threads) for threads in _doubling(machine.cores)} | {start.replicas})
+    allocators = [name for name in ALLOCATORS if name in machine.libraries]
+    openmp = ("iomp",) if "iomp" in machine.libraries else ()
+    libraries = [(*openmp, *allocators[:1]), openmp, *((name,) for name in allocators), ()]
+    return Space(
+        start=start,
+        models=_most_promising(models),
+        dtypes=tuple(dtypes),
+        cuts=tuple((model.weights_digest, tuple((replicas, {}) for replicas in cuts)) for model in models),
+        libraries=tuple(names for names in dict.fromkeys(libraries) if names != start.preload),
+        ladders=(("max_num_seqs", (16, 32, 64, 128, 256, 512)), ("max_num_batched_tokens", (512, 1024, 2048, 4096, 8192))),
+        # The engine has one attention backend for CPUs; its blocks are of 128 tokens. Compiling costs more start than anything.
+        rest=({"block_size": 64}, {"block_size": 32}, {"enforce_eager": False}),
+    )
+
+
+def _gpu_space(machine: Machine, start: Setting, models: Sequence[Model], options: Mapping[str, Any], tokens_per_row: int) -> Space:
+    cuts = {model.weights_digest: _gpu_cuts(machine, model, tokens_per_row) for model in models}
+    if "tensor_parallel_size" in options:
+        cuts = {}
+    else:
+        replicas, width = cuts[models[0].weights_digest][-1]
+        start = start.but(replicas=replicas, **width)
+    blackwell = "b200" in machine.gpu_name.lower() or "b300" in machine.gpu_name.lower()
+    backends = ("FLASHINFER", "FLASH_ATTN", "TRITON_ATTN") if blackwell else ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+    return Space(
+        start=start,
+        models=_most_promising(models),
+        cuts=tuple(cuts.items()),
+        ladders=(
+            ("max_num_seqs", (128, 256, 512, 1024, 2048)),
+            ("max_num_batched_tokens", (4096, 8192, 16384, 32768)),
+        ),
+        rest=(
+            *({"attention_backend": name} for name in backends),
+            {"max_cudagraph_capture_size": 1024},  # the engine's own stops at 512 but for Blackwell; larger batches run without a graph
+            {"block_size": 32},
+            {"block_size": 64},
+            {"enforce_eager": True},
+        ),
+    )
+
+
+def _gpu_cuts(machine: Machine, model: Model, tokens_per_row: int) -> tuple[Cut, ...]:
+    """The smallest tensor-parallel width that fits and the next, widest first."""
+    widths = [width for width in _doubling(machine.num_gpus) if machine.num_gpus % width == 0]
+    fitting = [width for width in widths if _fits(model, machine, width, tokens_per_row)] or widths[-1:]
+    return tuple(
+        (machine.num_gpus // width, {"tensor_parallel_size": width if width > 1 else None}) for width in reversed(fitting[:_WIDTHS])
+    )
+
+
+def _fits(model: Model, machine: Machine, width: int, tokens_per_row: int) -> bool:
+    """Whether weights and a cache worth having lie on so many GPUs; yes where nobody knows their memory."""
+    if not machine.gpu_memory_bytes:
+        return True
+    cache = max(int(_KV_SHARE * model.weights_bytes), _ROWS_AT_LEAST * tokens_per_row * model.kv_values_per_token * 2)
+    return model.weights_bytes + cache <= width * (_GPU_SHARE * machine.gpu_memory_bytes - _GPU_OVERHEAD_BYTES)
+
+
+def _doubling(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length()) if 1 << power <= most]
+
+
+def _most_promising(models: Sequence[Model]) -> tuple[str, ...]:
+    """The model itself, then other precisions, smallest first: fewer bytes are fewer bytes to read and wider arithmetic."""
+    others = sorted(models[1:], key=lambda model: model.weights_bytes)
+    return tuple(model.weights_digest for model in (models[0], *others))
+
+
+def _compiles(setting: Setting) -> bool:
+    return setting.get("enforce_eager") is False
+
+
+_Walk = Generator[tuple[Setting, Setting], Outcome, Setting]
+"""Yields what it wants to know and the best so far; is sent the outcome; returns the best."""
+
+
+def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
+    """The whole search, as if every trial were known already."""
+    best = space.start
+    rates = {best.key: (yield best, best).output_tokens_per_s}
+    yield engine_defaults(space), best
+
+    def ask(wanted: Setting) -> Generator[tuple[Setting, Setting], Outcome, float]:
+        if wanted.key not in rates:
+            outcome = yield wanted, best
+            rates[wanted.key] = outcome.output_tokens_per_s if outcome.state == "done" else 0.0
+        return rates[wanted.key]
+
+    def best_among(candidates: Sequence[Setting]) -> _Walk:
+        winner = best
+        for candidate in candidates:
+            rate = yield from ask(candidate)
+            if rate > BETTER * rates[winner.key] or (rate > rates[winner.key] and winner != best):
+                winner = candidate
+        return winner
+
+    dtypes = [{"dtype": name} for name in space.dtypes] or [{}]
+    models = (*space.models[1:], *space.models[:1])
+    best = yield from best_among([_on(space, best, model).but(**dtype) for model in models for dtype in dtypes])
+    best = yield from _climb(best, [best.but(replicas=replicas, **options) for replicas, options in space.cuts_of(best.model)], ask)
+    best = yield from best_among([best.but(preload=names) for names in space.libraries])
+    for name, values in space.ladders:
+        best = yield from _climb(best, [best.but(**{name: value}) for value in values], ask)
+    for change in space.rest:
+        best = yield from best_among([best.but(**change)])
+    for model in space.models[:1]:  # whoever must keep the weights gets what was learnt with others
+        if model != best.model and (own := best_of(space, outcomes, model)) is not None:
+            yield from ask(_on(space, best, model).but(dtype=own.get("dtype")))
+    return best
+
+
+def _on(space: Space, setting: Setting, model: str) -> Setting:
+    """The setting with another model; cut otherwise where this one needs more devices, or can do with fewer."""
+    cuts = [setting.but(model=model, replicas=replicas, **options) for replicas, options in space.cuts_of(model)]
+    moved = setting.but(model=model)
+    return moved if moved in cuts or not cuts else cuts[-1]
+
+
+def _climb(best: Setting, rungs: Sequence[Setting], ask: Any) -> _Walk:
+    """Up from the best one's place while it gets better; if the first step up does not, down."""
+    rungs = list(dict.fromkeys(rungs))
+    if best not in rungs:
+        return best
+    place = rungs.index(best)
+    best_rate = yield from ask(best)
+    for direction in (1, -1):
+        at = place + direction
+        moved = False
+        while 0 <= at < len(rungs):
+            rate = yield from ask(rungs[at])
+            if rate <= BETTER * best_rate:
+                break
+            best, best_rate, moved = rungs[at], rate, True
+            at += direction
+        if moved:
+            break
+    return best
+
+
+def shared_share(prompts: Sequence[Sequence[int]], *, block: int) -> float:
+    """How much of the prompts' tokens lie in whole blocks that an earlier prompt began with, too."""
+    seen: set[tuple[int, ...]] = set()
+    shared = 0
+    for prompt in prompts:
+        beginnings = [tuple(prompt[:end]) for end in range(block, len(prompt) + 1, block)]
+        shared += block * sum(beginning in seen for beginning in beginnings)
+        seen.update(beginnings)
+    total = sum(map(len, prompts))
+    return shared / total if total else 0.0
+
+
+def agreement(reference: Mapping[int, Sequence[int]], generated: Mapping[int, Sequence[int]]) -> float:
+    """The share of rows, of those in both, whose first tokens are the same; 1 where none is in both."""
+    rows = [row for row in generated if row in reference]
+    return sum(list(generated[row][:1]) == list(reference[row][:1]) for row in rows) / len(rows) if rows else 1.0
