@@ -11,9 +11,23 @@ from rich.console import Console
 
 from jobs.summary import RunResult
 from jobs.summary import print_summary
+from schemas.ledger import ReplicaAccount
+from schemas.ledger import RunAccount
 from schemas.manifest import Totals
 
 _RESUME = "tokenmill run job.yaml"
+
+
+def account(**replica: Any) -> RunAccount:
+    """12,000 tokens in 75 s, of a replica that makes 200 in a second."""
+    seconds = {"start": 2.5, "busy": 60.0, "starved": 1.5, "commit_blocked": 10.0, "tail": 0.0, "lost": 0.0}
+    only = {"name": "local-0", "processes": 1, "seconds": seconds, "rows": 1200, "prompt_tokens": 30_000, "generated_tokens": 12_000}
+    only |= {"output_tokens": 12_000, "busy_s": 60.0, "busy_tokens": 12_000, **replica}
+    return RunAccount(
+        run="r", fingerprint="f" * 64, state="complete", host="h", whole=True, began_at=25.0, ended_at=100.0, elapsed_s=75.0, units=3,
+        rows=1200, error_rows=5, prompt_tokens=30_000, output_tokens=12_000, retries=0, profile="p", engine={}, versions={},
+        replicas=(ReplicaAccount(**only),),
+    )  # fmt: skip
 
 
 def result(**changes: Any) -> RunResult:
@@ -40,8 +54,7 @@ def result(**changes: Any) -> RunResult:
         "this_run": totals,
         "wall_s": 75.0,
         "start_s": {"local-0": 2.5},
-        "busy_s": {"local-0": 9.0},
-        "idle_s": {"local-0": 1.0},
+        "account": account(),
     }
     return RunResult(**{**values, **changes})
 
@@ -67,7 +80,8 @@ def test_a_complete_job_is_summed_up_with_speed_and_proof() -> None:
     assert line(text, "tokens") == "30,000 prompt, 12,000 output"
     assert line(text, "speed") == "1,200.0 output tokens/s, 4,200.0 with prompts, over 10s"
     assert line(text, "this run") == "1,200 rows in 1m15s"
-    assert line(text, "replica local-0") == "start 2.5 s, engine busy 9.0 s, waiting for rows 1.0 s"
+    assert line(text, "replica local-0") == "74.0 s: start 2.5, busy 60.0, starved 1.5, commit-blocked 10.0"
+    assert line(text, "raw engine") == "80.0% of what the replicas generate while their batches are at least half full"
     assert line(text, "output") == "/data/out"
     assert line(text, "proof:") == "tokenmill verify /data/out"
     assert _RESUME not in text
@@ -110,9 +124,19 @@ def test_the_command_that_proves_can_be_pasted() -> None:
 
 
 def test_a_run_that_had_nothing_to_do_claims_no_speed() -> None:
-    text = printed(result(this_run=Totals(), start_s={}))
+    text = printed(result(this_run=Totals(), start_s={}, account=None))
     assert "speed" not in text
     assert line(text, "this run") == "0 rows in 1m15s"
+
+
+def test_a_replica_that_was_started_again_says_so() -> None:
+    seconds = {"start": 5.0, "busy": 50.0, "starved": 0.0, "commit_blocked": 0.0, "tail": 1.0, "lost": 18.0}
+    text = printed(result(account=account(processes=2, seconds=seconds)))
+    assert line(text, "replica local-0") == "74.0 s: start 5.0, busy 50.0, tail 1.0, lost 18.0, started 2 times"
+
+
+def test_a_share_is_not_claimed_where_no_batch_was_half_full() -> None:
+    assert "raw engine" not in printed(result(account=account(busy_s=0.0, busy_tokens=0)))
 
 
 def test_a_result_is_plain_data() -> None:
@@ -120,3 +144,4 @@ def test_a_result_is_plain_data() -> None:
     assert (values["state"], values["rows"], values["rows_done"], values["error_rows"]) == ("complete", 1200, 1200, 5)
     assert (values["this_run"]["output_tokens_per_s"], values["this_run"]["generate_s"], values["retries"]) == (1200.0, 10.0, 1)
     assert values["failed_units"] == {"2": "no"}
+    assert values["account"]["replicas"][0]["seconds"]["busy"] == 60.0
