@@ -71,7 +71,7 @@ def main() -> int:
     rows = read_rows(options.data, options.rows)
     plain, tuned = resolve_model(options.model).path, resolve_model(options.tuned_model or options.model).path
     theirs_model = tuned if setting == "same-engine" else plain
-    plan = cut_machine(EngineSpec(profile="local-cpu"), resolve_model(tuned), replicas=1)
+    plan = cut_machine(EngineSpec(profile="local-cpu", options=options.engine), resolve_model(tuned), replicas=1)
     tokenizer = load_tokenizer(plain)
     work = Path(tempfile.mkdtemp(prefix="tokenmill-peers-"))
     found: dict[str, list[Round]] = {}
@@ -86,6 +86,7 @@ def main() -> int:
                 theirs,
                 rows,
                 num_rounds=options.rounds,
+                warm_rows=options.warm_rows,
                 work=work / name,
                 timeout_s=options.timeout_s,
                 count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False).input_ids),
@@ -111,12 +112,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="gsm8k_test.jsonl")
     parser.add_argument("--rows", type=int, help="only the first rows")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-rows", type=int, default=8, help="rows of each side's first, untimed run; 0 for none")
     parser.add_argument("--peers", default="ray,datatrove,run-batch", help=f"some of {','.join(PEERS)}")
     parser.add_argument("--model", default="demo", help="the checkpoint")
     parser.add_argument("--tuned-model", help="what `tokenmill model prepare` made of it; ours by default, both sides' with --same-engine")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--defaults", action="store_true", help="each as its user would start it (the default)")
     which.add_argument("--same-engine", action="store_true", help="the same engine settings on both sides, our ordering off")
+    parser.add_argument("--engine", type=json.loads, default={}, help="with --same-engine: engine arguments over our profile's, as JSON")
     parser.add_argument("--max-tokens", type=int, default=_MAX_TOKENS)
     parser.add_argument("--venvs", type=Path, default=cache_folder() / "peers", help="where the peers' venvs lie")
     parser.add_argument("--install-only", action="store_true", help="make the venvs and stop")

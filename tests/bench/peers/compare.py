@@ -21,9 +21,6 @@ from tests.bench.peers.rows import write_batch
 from tests.bench.peers.rows import write_parquet
 from tests.bench.peers.sides import Task
 
-WARM_ROWS = 8
-"""Each side's first, untimed run: compiled kernels and the checkpoint's pages are cached for both before a clock runs."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
@@ -45,14 +42,18 @@ def compare(
     rows: Sequence[Row],
     *,
     num_rounds: int,
+    warm_rows: int,
     work: Path,
     timeout_s: float,
     count_tokens: Callable[[str], int],
     say: Callable[[str], None],
 ) -> list[Round]:
-    """Warm both sides, then let them take turns: ours, theirs, ours, theirs. Raises SideFailed and BadOutput."""
-    for side in (ours, theirs):
-        _run(side, rows[:WARM_ROWS], work / f"warm-{side.name}", timeout_s, count_tokens)
+    """Let both sides take turns: ours, theirs, ours, theirs. Raises SideFailed and BadOutput.
+
+    Before a clock runs, each side runs a few rows, so that compiled kernels and the checkpoint's pages are cached for both.
+    """
+    for side in (ours, theirs) if warm_rows else ():
+        _run(side, rows[:warm_rows], work / f"warm-{side.name}", timeout_s, count_tokens)
         say(f"{side.name} is warm")
     rounds = []
     for index in range(num_rounds):
@@ -76,7 +77,7 @@ def _run(
     write_parquet(rows, task.input_folder)
     write_batch(rows, task.batch_file, model=task.model, max_tokens=task.max_tokens)
     log = home / "log"
-    seconds = timed(side.command(task), side.environment, log=log, folder=Path.cwd(), timeout_s=timeout_s)
+    seconds = timed(side.command(task), side.environment, log=log, folder=home, timeout_s=timeout_s)
     answers = side.read(task.output)
     check(rows, answers, max_tokens=task.max_tokens)
     tokens = sum(count_tokens(answer.text) if answer.num_tokens is None else answer.num_tokens for answer in answers)

@@ -1,6 +1,6 @@
 """Our engines alone on the bench's rows: Parquet in, Parquet and a line with seconds and tokens out. No Dask, no commit.
 
-python -m tests.bench.peers.raw --input in/ --output out/ --model demo --max-tokens 128
+python tests/bench/peers/raw.py --input in/ --output out/ --model demo --max-tokens 128
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ def read_rows(data: Path, num_rows: int | None) -> list[Row]:
 
 
 def write_parquet(rows: Sequence[Row], folder: Path) -> None:
-    """Columns id and question, in at most NUM_FILES files of equal length."""
+    """Columns id and question, in at most NUM_FILES files of equal length. An id is text: datatrove's writer drops the id 0."""
     folder.mkdir(parents=True)
-    table = pa.table({"id": [row.id for row in rows], "question": [row.question for row in rows]})
+    table = pa.table({"id": [f"{row.id:05d}" for row in rows], "question": [row.question for row in rows]})
     step = -(-table.num_rows // NUM_FILES)
     for index, start in enumerate(range(0, table.num_rows, step)):
         pq.write_table(table.slice(start, step), folder / f"{index:02d}.parquet")

@@ -21,6 +21,7 @@ from tests.bench.peers.outputs import Answer
 Setting = Literal["defaults", "same-engine"]
 
 DRIVERS = Path(__file__).parent / "drivers"
+_ENGINES = Path(__file__).parent / "raw.py"
 _TUNING = ("VLLM_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "LD_PRELOAD", "PYTHONPATH", "PYTHONMALLOC", "TOKENMILL_", "RAY_")
 """Variables of the caller's that would tune one side behind the bench's back."""
 _QUIET = {
@@ -96,7 +97,7 @@ def our_command(setting: Setting, task: Task) -> list[str]:
 def our_engines_command(task: Task) -> list[str]:
     """Our engines without the pipeline, as the profile cuts this machine."""
     return [
-        str(task.python), "-m", "tests.bench.peers.raw", "--input", str(task.input_folder), "--output", str(task.output),
+        str(task.python), str(_ENGINES), "--input", str(task.input_folder), "--output", str(task.output),
         "--model", task.model, "--max-tokens", str(task.max_tokens),
     ]  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_all_files_of_a_folder_are_read(tmp_path: Path) -> None:
 
 def test_datatrove_keeps_answers_in_the_metadata(tmp_path: Path) -> None:
     rollout = {"text": "four", "finish_reason": "stop", "usage": {"completion_tokens": 2, "prompt_tokens": 9}}
-    pq.write_table(pa.Table.from_pylist([{"text": "What is 0?", "id": "0", "rollout_results": [rollout]}]), tmp_path / "00000.parquet")
+    pq.write_table(pa.Table.from_pylist([{"text": "What is 0?", "id": "00000", "rollout_results": [rollout]}]), tmp_path / "00000.parquet")
     assert read_datatrove(tmp_path) == [Answer(id=0, text="four", num_tokens=2)]
 
 

@@ -19,7 +19,7 @@ def test_every_row_is_in_one_of_at_most_twelve_files(tmp_path: Path, num_rows: i
     files = sorted((tmp_path / "in").iterdir())
     assert len(files) <= 12
     found = [row for file in files for row in pq.read_table(file).to_pylist()]
-    assert found == [{"id": row.id, "question": row.question} for row in rows]
+    assert found == [{"id": f"{row.id:05d}", "question": row.question} for row in rows]
 
 
 def test_rows_are_numbered_by_their_lines(tmp_path: Path) -> None:
