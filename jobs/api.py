@@ -100,7 +100,7 @@ def plan(job: JobSpec) -> PlanReport:
     accepted = accept(job)
     if job.cluster.kind == "address":
         return PlanReport(accepted=accepted, replicas=None, profile="each node's own")
-    cut = cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas)
+    cut = accepted.cut or cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas)
     return PlanReport(accepted=accepted, replicas=cut.replicas, profile=cut.profile)
 
 
@@ -152,7 +152,8 @@ def make_cluster(accepted: Accepted) -> Cluster:
         from jobs.cluster.address import AddressCluster
 
         return AddressCluster(spec=job.cluster, out_uri=accepted.out_uri, model=accepted.model, kind=job.engine.kind)
-    cut = cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas)
+    cut = accepted.cut
+    assert cut is not None  # there is something left to do, and this machine does it
     if job.cluster.kind == "inline":
         from jobs.cluster.inline import InlineCluster
 
@@ -218,10 +219,7 @@ def _spoken(what: str, display: Display) -> Iterator[None]:
 
 
 def _profile(accepted: Accepted) -> str:
-    job = accepted.job
-    if job.cluster.kind == "address":
-        return "each node's own"
-    return cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas).profile
+    return accepted.cut.profile if accepted.cut else "each node's own"
 
 
 def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, interrupts: _Interrupts, cluster: Cluster) -> None:
@@ -273,6 +271,8 @@ def _say_beginning(accepted: Accepted, display: Display) -> None:
     display.say(f"job {accepted.job.name} ({short}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}")
     if accepted.begun:
         display.say(f"begun by an earlier run: {len(accepted.done)} of {len(plan_.units)} units are done and stay as they are")
+    if accepted.cut is not None and accepted.cut.found:
+        display.say(accepted.cut.found)
     if storage.check_can_create(accepted.out_uri) == "overwrite":
         display.say("output.commit is overwrite: of two writers of one part at the same moment the last one wins")
     for uri in accepted.changed_objects[:5]:

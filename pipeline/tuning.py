@@ -152,7 +152,7 @@ def next_trial(space: Space, outcomes: Mapping[str, Outcome], *, left_s: float) 
         return Step(next=None, best=end.value, skipped=skipped)
 
 
-def best_of(space: Space, outcomes: Mapping[str, Outcome], model: str) -> Setting | None:
+def best_of(outcomes: Mapping[str, Outcome], model: str) -> Setting | None:
     """The best setting that was measured for one model; None where none was."""
     found = [
         (outcome.output_tokens_per_s, key)
@@ -265,7 +265,7 @@ def space_for(
     start = Setting(model=models[0].weights_digest, replicas=plan.replicas, options=(), preload=preload).but(**free)
     build = _gpu_space if base.device == "gpu" else _cpu_space
     space = build(machine, start, models, options, tokens_per_row)
-    rest = [{"kv_cache_dtype": name} for name in kv_cache_dtypes]
+    rest: list[Mapping[str, Any]] = [{"kv_cache_dtype": name} for name in kv_cache_dtypes]
     if shared_share >= _WORTH_SHARING:
         rest.append({"enable_prefix_caching": True})
     rest += space.rest
@@ -384,17 +384,17 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
                 winner = candidate
         return winner
 
-    dtypes = [{"dtype": name} for name in space.dtypes] or [{}]
+    dtypes: list[dict[str, Any]] = [{"dtype": name} for name in space.dtypes] or [{}]
     models = (*space.models[1:], *space.models[:1])
     best = yield from best_among([_on(space, best, model).but(**dtype) for model in models for dtype in dtypes])
     best = yield from _climb(best, [best.but(replicas=replicas, **options) for replicas, options in space.cuts_of(best.model)], ask)
     best = yield from best_among([best.but(preload=names) for names in space.libraries])
     for name, values in space.ladders:
-        best = yield from _climb(best, [best.but(**{name: value}) for value in values], ask)
+        best = yield from _climb(best, [best.but(**_named(name, value)) for value in values], ask)
     for change in space.rest:
         best = yield from best_among([best.but(**change)])
     for model in space.models[:1]:  # whoever must keep the weights gets what was learnt with others
-        if model != best.model and (own := best_of(space, outcomes, model)) is not None:
+        if model != best.model and (own := best_of(outcomes, model)) is not None:
             yield from ask(_on(space, best, model).but(dtype=own.get("dtype")))
     return best
 
@@ -404,6 +404,10 @@ def _on(space: Space, setting: Setting, model: str) -> Setting:
     cuts = [setting.but(model=model, replicas=replicas, **options) for replicas, options in space.cuts_of(model)]
     moved = setting.but(model=model)
     return moved if moved in cuts or not cuts else cuts[-1]
+
+
+def _named(name: str, value: Any) -> dict[str, Any]:
+    return {name: value}
 
 
 def _climb(best: Setting, rungs: Sequence[Setting], ask: Any) -> _Walk:

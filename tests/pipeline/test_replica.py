@@ -46,20 +46,20 @@ def make_replica() -> Iterator[Callable[..., Replica]]:
 
 
 def test_the_jobs_own_model_is_right(accepted: Accepted) -> None:
-    assert wrong_replica(accepted.record.decides, accepted.model, "simulated") is None
+    assert wrong_replica(accepted.record.decides, accepted.model, "simulated", "none") is None
 
 
 @pytest.mark.parametrize("field", ["weights_digest", "tokenizer_digest", "template_digest"])
 def test_any_other_digest_is_wrong(accepted: Accepted, field: str) -> None:
     other = replace(accepted.model, **{field: "0123456789abcdef"})
-    found = wrong_replica(accepted.record.decides, other, "simulated")
+    found = wrong_replica(accepted.record.decides, other, "simulated", "none")
     assert found is not None
     assert "has digest 01234567, expected " in found
     assert accepted.model.path in found
 
 
 def test_another_engine_is_wrong(accepted: Accepted) -> None:
-    assert wrong_replica(accepted.record.decides, accepted.model, "vllm") == "it runs engine vllm, expected simulated"
+    assert wrong_replica(accepted.record.decides, accepted.model, "vllm", "none") == "it runs engine vllm, expected simulated"
 
 
 def test_a_unit_of_a_job_on_another_model_is_refused_and_nothing_is_committed(

@@ -101,7 +101,7 @@ def test_a_search_goes_on_where_it_was_stopped() -> None:
 def test_who_must_keep_the_weights_gets_what_was_learnt_with_others() -> None:
     where = space(CPU, MODEL, INT8)
     _, outcomes = search(where, cpu_speed)
-    own = best_of(where, outcomes, "plain")
+    own = best_of(outcomes, "plain")
     assert own is not None
     assert (own.get("dtype"), own.replicas, own.get("max_num_seqs"), own.preload) == ("bfloat16", 2, 64, ("iomp",))
 

@@ -1,0 +1,86 @@
+"""Rows of a job's table for trials: read from all over it, rendered as a run would, generated to known lengths. Starts no engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from jobs.plan import make_plan
+from pipeline.engine.engine import Request
+from pipeline.model import Model
+from pipeline.prompts import check_columns
+from pipeline.prompts import read_prompts
+from pipeline.read import read_unit
+from pipeline.render import Renderer
+from pipeline.render import load_tokenizer
+from schemas.job import JobSpec
+
+_MAX_UNITS = 32
+_READ_ROWS = 4096
+"""Of each unit that is looked into."""
+_BATCH_ROWS = 128
+_WARM_TOKENS = 4
+
+Item = TypeVar("Item")
+
+
+def read_sample(job: JobSpec, model: Model, rows: int, *, max_model_len: int) -> list[Request]:
+    """Rows from all over the table, rendered as a run would; those that cannot be asked are left out. The same for the same table."""
+    plan, schema = make_plan(job)
+    check_columns(schema, job.input)
+    renderer = Renderer(load_tokenizer(model.path), job, max_model_len=max_model_len, seed_base="tune")
+    requests: list[Request] = []
+    units = _evenly(plan.units, _MAX_UNITS)
+    for unit in units:
+        prompts, seen = [], 0
+        for position, batch in read_unit(unit, schema, _BATCH_ROWS):
+            prompts += list(read_prompts(batch, position, job))
+            seen += batch.num_rows
+            if seen >= _READ_ROWS:
+                break
+        rendered = renderer.render(_evenly(prompts, -(-rows // len(units))))
+        requests += [item for item in rendered if isinstance(item, Request)]
+    # Any beginning of the sample is a sample itself.
+    requests.sort(key=lambda request: hashlib.blake2b(str(request.position).encode(), digest_size=8).digest())
+    return requests[:rows]
+
+
+def fixed(sample: Sequence[Request], lengths: Mapping[int, int]) -> list[Request]:
+    """The rows whose lengths are known, each to be generated to just that length: every trial does the same work.
+
+    Longest first, as a run does, so that no trial's time is that of a single late row. What ends or steers a row early is dropped.
+    """
+    requests = [
+        replace(
+            request,
+            sampling=request.sampling.model_copy(
+                update={
+                    "max_tokens": lengths[request.position], "ignore_eos": True, "min_tokens": 0, "stop": (), "stop_token_ids": (),
+                    "structured_outputs": None,
+                }
+            ),
+        )
+        for request in sample
+        if request.position in lengths
+    ]  # fmt: skip
+    return sorted(requests, key=lambda request: (-request.sampling.max_tokens, request.position))
+
+
+def warm(requests: Sequence[Request]) -> list[Request]:
+    """Few tokens of prompts that no row has, so that no cache knows a row's."""
+    return [
+        replace(
+            request,
+            token_ids=request.token_ids[::-1],
+            sampling=request.sampling.model_copy(update={"max_tokens": min(_WARM_TOKENS, request.sampling.max_tokens)}),
+        )
+        for request in requests
+    ]
+
+
+def _evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of them at most, from all over."""
+    return list(items) if len(items) <= count else [items[index * len(items) // count] for index in range(count)]
