@@ -3,5 +3,6 @@
 from jobs.cli import job as job
 from jobs.cli import node as node
 from jobs.cli import report as report
+from jobs.cli import tune as tune
 from jobs.cli.group import build_job as build_job
 from jobs.cli.group import main as main
