@@ -8,6 +8,7 @@ import queue
 import statistics
 import threading
 import time
+from collections import Counter
 from collections import defaultdict
 from collections import deque
 from collections.abc import Callable
@@ -104,6 +105,16 @@ def wanted_rows(replicas: Sequence[ReplicaState], *, wide: bool, rows_left: int,
     return max(usual, min(WIDER * usual, share))
 
 
+def emptiest(replicas: Sequence[ReplicaState], flying: Mapping[int, Flying]) -> str | None:
+    """The replica with the fewest rows for its window; a cluster's own guess goes by seconds, which it does not know before the end."""
+    if not replicas:
+        return None
+    rows = Counter[str]()
+    for flight in flying.values():
+        rows[flight.on or ""] += flight.unit.num_rows
+    return min(replicas, key=lambda replica: rows[replica.name] / replica.window_rows).name
+
+
 def units_at_once(plan: Plan, window_rows: int) -> int:
     """Units that one replica has in flight at most: enough rows for its window, and one unit more.
 
@@ -158,6 +169,8 @@ class Flying:
 
     unit: WorkUnit
     since: float
+    on: str | None
+    """The replica that it was meant for."""
     copies: int = 1
     """Still at work."""
     doubled: bool = False
@@ -274,15 +287,16 @@ class Driver:
             flight = self._flying[index]
             flight.doubled, flight.copies = True, 2
             self._say(f"unit {index} takes long: it is run a second time, on {idle[0].name}; the first to commit wins")
-            self._send(flight.unit, on=idle[0].name)
+            self._send(flight.unit, idle[0].name)
 
     def _fly(self, unit: WorkUnit) -> None:
-        self._flying[unit.index] = Flying(unit=unit, since=self._clock())
+        on = emptiest(self.progress.replicas, self._flying)
+        self._flying[unit.index] = Flying(unit=unit, since=self._clock(), on=on)
         self._rows_in_flight += unit.num_rows
         self.progress.units_in_flight = len(self._flying)
-        self._send(unit)
+        self._send(unit, on)
 
-    def _send(self, unit: WorkUnit, on: str | None = None) -> None:
+    def _send(self, unit: WorkUnit, on: str | None) -> None:
         tries = self._tries[unit.index]
 
         def done(result: Result) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -160,6 +161,7 @@ def main(config_path: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_EVICTED))  # while there is nothing to hand back
     threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    gc.disable()  # an engine's imports make millions of objects that stay: looking through them again and again takes 3 s of CPU
     config = WorkerConfig.load(Path(config_path))
     spawned_at = time.monotonic() if config.spawned_at is None else config.spawned_at
     _say(config, state="starting")
@@ -184,6 +186,8 @@ def main(config_path: str) -> int:
         message = str(error) if isinstance(error, TokenmillError) else f"{type(error).__name__}: {error}"
         _say(config, state="failed", message=message)
         return EXIT_START_FAILED
+    gc.freeze()
+    gc.enable()
     threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
     ready = {"state": "ready", "start_s": round(time.monotonic() - spawned_at, 1), "engine": asdict(replica.engine.info)}
     _say(config, **ready)

@@ -148,7 +148,8 @@ class AddressCluster:
             done(ReplicaLost("there is no scheduler at the moment"))
         else:
             # What a replica still has in flight from an earlier scheduler or driver it need not begin again.
-            units.submit(out_uri, fingerprint, unit, attempt, done, on or self._holders.get(unit_tag(out_uri, fingerprint, unit.index)))
+            holder = self._holders.get(unit_tag(out_uri, fingerprint, unit.index))
+            units.submit(out_uri, fingerprint, unit, attempt, done, on if units.has(unit.index) else holder or on)
 
     def notes(self) -> list[str]:
         with self._lock:

@@ -45,9 +45,10 @@ class Cluster(Protocol):
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
     ) -> None:
-        """Run a unit somewhere, if possible on the replica named; `done` is called once, from any thread.
+        """Run a unit somewhere; `done` is called once, from any thread.
 
-        That a replica went away comes as ReplicaLost, and as often as it happens: nobody else tries the unit again.
+        If possible on the replica named, or rather where the unit is in flight still, on behalf of an earlier driver. That a
+        replica went away comes as ReplicaLost, and as often as it happens: nobody else tries the unit again.
         """
         ...
 

@@ -46,9 +46,14 @@ class DaskUnits:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._flying: dict[str, Callable[[Result], None]] = {}
+        self._flying: dict[str, tuple[int, Callable[[Result], None]]] = {}
         self._lock = threading.Lock()
         self._lost: str | None = None
+
+    def has(self, index: int) -> bool:
+        """Whether a unit is in flight from here."""
+        with self._lock:
+            return any(flying == index for flying, _ in self._flying.values())
 
     @property
     def num_flying(self) -> int:
@@ -63,7 +68,7 @@ class DaskUnits:
         with self._lock:
             lost = self._lost
             if lost is None:
-                self._flying[key] = done
+                self._flying[key] = (unit.index, done)
         if lost is not None:
             done(ReplicaLost(lost))
             return
@@ -91,7 +96,7 @@ class DaskUnits:
 
     def _answer(self, key: str, result: Result) -> None:
         with self._lock:
-            done = self._flying.pop(key, None)
+            _, done = self._flying.pop(key, (None, None))
         if done is not None:
             done(result)
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
-
-import dask
-from distributed import Client
-from distributed import LocalCluster as DaskCluster
+from typing import TYPE_CHECKING
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
-from jobs.cluster.dask_units import DaskUnits
-from jobs.cluster.dask_units import replica_states
-from jobs.scheduler import SCHEDULER_CONFIG
+from pipeline import rendezvous
 from pipeline.model import Model
 from pipeline.profile import ReplicaPlan
 from pipeline.segments import record_death
@@ -26,23 +22,20 @@ from pipeline.supervisor import engines_at_once
 from pipeline.worker import WorkerConfig
 from schemas.unit import WorkUnit
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 
 class LocalCluster:
     """Replicas as child processes. They end with this process, however it ends."""
 
     def __init__(self, *, plan: ReplicaPlan, model: Model, kind: str, units_at_once: int, silence_s: float) -> None:
-        self._config = dask.config.set(SCHEDULER_CONFIG)
-        self._config.__enter__()
-        self._dask = DaskCluster(
-            n_workers=0, processes=True, host="127.0.0.1", protocol="tcp://", dashboard_address="127.0.0.1:0", silence_logs=50
-        )
-        self._client = Client(self._dask, set_as_default=False)
-        self._units = DaskUnits(self._client)
         folder = tempfile.mkdtemp(prefix="tokenmill-")
         specs = [
             ReplicaSpec(
                 config=WorkerConfig(
-                    scheduler=self._dask.scheduler_address,
+                    rendezvous=folder,
+                    insecure=True,  # loopback
                     name=f"local-{index}",
                     model=asdict(model),
                     kind=kind,
@@ -56,6 +49,29 @@ class LocalCluster:
         ]
         at_once = engines_at_once(kind, plan.replicas)
         self._supervisor = Supervisor(specs, max_loading=at_once, silence_s=silence_s, on_death=record_death)
+        try:
+            self._start_scheduler(folder)
+        except BaseException:
+            self._supervisor.close(at_once=True)
+            raise
+
+    def _start_scheduler(self, folder: str) -> None:
+        """While the engines load: they look for its address in the folder when they are ready."""
+        import dask  # a second
+        from distributed import Client
+        from distributed import LocalCluster as DaskCluster
+
+        from jobs.cluster.dask_units import DaskUnits
+        from jobs.scheduler import SCHEDULER_CONFIG
+
+        self._config = dask.config.set(SCHEDULER_CONFIG)
+        self._config.__enter__()
+        self._dask = DaskCluster(
+            n_workers=0, processes=True, host="127.0.0.1", protocol="tcp://", dashboard_address="127.0.0.1:0", silence_logs=50
+        )
+        self._client = Client(self._dask, set_as_default=False)
+        self._units = DaskUnits(self._client)
+        rendezvous.publish(folder, self._dask.scheduler_address, now=time.time())
 
     @property
     def dashboard(self) -> str | None:
@@ -72,6 +88,8 @@ class LocalCluster:
         return self._client
 
     def replicas(self) -> list[ReplicaState]:
+        from jobs.cluster.dask_units import replica_states
+
         states = replica_states(self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"])
         if not states:
             self._supervisor.raise_if_hopeless()

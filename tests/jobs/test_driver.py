@@ -25,6 +25,7 @@ from jobs.driver import Driver
 from jobs.driver import Flying
 from jobs.driver import Progress
 from jobs.driver import Tries
+from jobs.driver import emptiest
 from jobs.driver import may_submit
 from jobs.driver import next_step
 from jobs.driver import slow_unit
@@ -188,11 +189,21 @@ def test_lost_replicas_cost_no_attempt_but_are_not_endless() -> None:
     assert next_step(ReplicaLost("x"), Tries(losses=30), 1) == "give_up"
 
 
+def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window(accepted: Accepted) -> None:
+    units = accepted.plan.units
+    two = [ReplicaState(name="small", window_rows=16), ReplicaState(name="large", window_rows=64)]
+    flying: dict[int, Flying] = {}
+    for unit in units:
+        flying[unit.index] = Flying(unit=unit, since=0.0, on=emptiest(two, flying))
+    assert Counter(flight.on for flight in flying.values()) == {"small": 2, "large": 8}
+    assert emptiest([], flying) is None
+
+
 IDLE = [ReplicaState(name="idle", window_rows=16)]
 
 
 def flying(since: float, *, copies: int = 1, doubled: bool = False) -> Flying:
-    return Flying(unit=WorkUnit(index=0, ranges=()), since=since, copies=copies, doubled=doubled)
+    return Flying(unit=WorkUnit(index=0, ranges=()), since=since, on=None, copies=copies, doubled=doubled)
 
 
 @pytest.mark.parametrize(
@@ -219,17 +230,18 @@ class StuckCluster(ScriptedCluster):
     def __init__(self, late: Result | None) -> None:
         super().__init__(lambda unit, _: report_of(unit))
         self._late = late
+        self._stuck: Callable[[Result], None] | None = None
         self.on: list[str | None] = []
 
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
     ) -> None:
-        if unit.index == 9 and on is None:
+        if unit.index == 9 and self._stuck is None:
             self._stuck = done
             return
         if unit.index == 9:
             self.on.append(on)
-            if self._late is not None:
+            if self._late is not None and self._stuck is not None:
                 self._stuck(self._late)
         super().submit(out_uri, fingerprint, unit, attempt, done)
 
