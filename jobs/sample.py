@@ -58,7 +58,7 @@ def fixed(sample: Sequence[Request], lengths: Mapping[int, int]) -> list[Request
             request,
             sampling=request.sampling.model_copy(
                 update={
-                    "max_tokens": lengths[request.position], "ignore_eos": True, "min_tokens": 0, "stop": (), "stop_token_ids": (),
+                    "max_tokens": lengths[request.position], "ignore_eos": True, "min_tokens": 0, "stop": [], "stop_token_ids": [],
                     "structured_outputs": None,
                 }
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from jobs.accept import accept
 from jobs.accept import store
 from jobs.api import plan as plan_job
+from jobs.api import run as run_job
 from jobs.cli import main
 from jobs.cli.tune import parse_seconds
 from jobs.sample import fixed
@@ -33,13 +35,16 @@ from pipeline.profile import load_profile
 from pipeline.profile import node_kind
 from pipeline.profile import this_machine
 from pipeline.tuned import engine_package
+from pipeline.tuned import find_tuned
 from pipeline.tuned import save_tuned
+from pipeline.tuned import tuned_path
 from pipeline.tuning import Outcome
 from pipeline.tuning import Setting
 from pipeline.tuning import Space
 from pipeline.tuning import engine_defaults
 from pipeline.tuning import next_trial
 from pipeline.tuning import parse_key
+from schemas.errors import EngineStartError
 from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.sampling import Sampling
@@ -329,6 +334,37 @@ def test_the_last_words_name_the_figure_and_the_model_to_run() -> None:
         "a run never changes weights by itself; for the speed above: tokenmill run --model /int8 ...",
     ]
     assert any("did not come up" in line for line in words(replace(tuning, defaults_tokens_per_s=None)))
+
+
+@pytest.mark.engine
+def test_a_search_with_real_engines_is_saved_and_taken_by_a_run(make_job: MakeJob, write_table: WriteTable, tiny_model: Path) -> None:
+    write_table(table(24))
+    options = {
+        "dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 512, "enforce_eager": True, "block_size": 32,
+        "kv_cache_memory_bytes": 64 << 20,
+    }  # fmt: skip
+    job, show = make_job(engine={"kind": "vllm", "options": options}, cluster={"kind": "local", "replicas": 1}), Silent()
+    model, node = resolve_model(str(tiny_model)), node_kind(this_machine())
+    with open_journal(job, model, node, read_sample(job, model, 16, max_model_len=512), 16, False) as journal:
+        # The engine's own defaults take minutes to come up; here an earlier search has measured them.
+        journal.add(engine_defaults(replace(SPACE, models=(model.weights_digest,))), Outcome(state="done", output_tokens_per_s=10.0))
+    tuning = tune(job, budget_s=240.0, rows=16, show=show)
+    assert (tuning.rows, tuning.defaults_tokens_per_s, tuning.skipped) == (16, 10.0, 0)
+    assert {outcome["state"] for outcome in tuning.outcomes} <= {"done", "stopped"}
+    assert tuning.output_tokens_per_s >= tuning.now_tokens_per_s > 0
+    tuned = find_tuned(model.weights_digest, node)
+    assert tuned is not None
+    assert tuning.saved == {model.path: str(tuned_path(model.weights_digest, node))}
+    said = io.StringIO()
+    result = run_job(job, stream=said)
+    assert (result.state, result.totals.rows, result.totals.error_rows) == ("complete", 24, 0)
+    assert "engine settings as tuned for this model and node" in said.getvalue()
+
+
+def test_a_search_that_has_no_time_for_one_engine_says_so(make_job: MakeJob, write_table: WriteTable) -> None:
+    write_table(table(8))
+    with pytest.raises(EngineStartError, match="within the time limit"):
+        tune(vllm_job(make_job), budget_s=0.01, show=Silent())
 
 
 class Silent:
