@@ -182,7 +182,8 @@ def cut_machine(engine: EngineSpec, model: Model, *, replicas: int | None, numer
 
     `numerics` are options that a job was begun with; they win over the profile's, as the job's own win over both.
     """
-    options = {**(numerics or {}), **engine.options}
+    # Rows that begin alike are kept together (engine.ordering), and then a prefix cache costs nothing to speak of.
+    options = {**({"enable_prefix_caching": True} if engine.ordering == "auto" else {}), **(numerics or {}), **engine.options}
     if engine.kind == "simulated":
         options = SimulatedOptions.model_validate(engine.options).model_dump()
         return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import asdict
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -26,11 +27,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.accept import accept
+from jobs.accept import store
+from jobs.cluster.local import LocalCluster
+from jobs.driver import Driver
+from jobs.driver import Progress
+from jobs.finish import finish
 from jobs.status import read_status
+from jobs.verify import verify
 from pipeline.eviction import ENVIRONMENT_VARIABLE
 from pipeline.model import resolve_model
+from pipeline.profile import cut_machine
 from pipeline.worker import WorkerConfig
 from schemas import layout
+from schemas.job import parse_job
 from schemas.manifest import META_REPORT
 from schemas.manifest import UnitReport
 from tests.chaos.test_processes import _SLOW
@@ -214,3 +224,46 @@ def test_an_engine_core_in_a_process_of_its_own_does_not_outlive_a_killed_worker
             os.killpg(worker.pid, signal.SIGKILL)
         assert worker.stdin is not None
         worker.stdin.close()
+
+
+@pytest.mark.engine
+def test_an_engine_core_that_is_killed_in_mid_job_costs_no_row(tiny_model: Path, tmp_path: Path, write_table: Callable[..., Path]) -> None:
+    """In a process of its own, as on GPUs: the worker lives on without it, and must see that it is gone."""
+    write_table([{"id": row, "prompt": f"question {row}"} for row in range(192)])
+    out = tmp_path / "out"
+    options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 16 << 20, "enforce_eager": True}
+    data = {
+        "model": str(tiny_model),
+        "input": {"uri": str(tmp_path / "in" / "*.parquet"), "prompt": "prompt"},
+        "output": {"uri": str(out)},
+        "sampling": {"max_tokens": 100, "ignore_eos": True},
+        "engine": {"options": options},
+        "cluster": {"replicas": 1},
+        "limits": {"engine_silence_s": 15},
+    }
+    accepted = store(accept(parse_job(data)))
+    cut = cut_machine(accepted.job.engine, accepted.model, replicas=1)
+    apart = replace(cut, environment={**cut.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    cluster = LocalCluster(plan=apart, model=accepted.model, kind="vllm", units_at_once=4, silence_s=15)
+    killed: list[int] = []
+    notes: list[str] = []
+
+    def kill_once(progress: Progress) -> None:
+        notes.extend(progress.notes)
+        progress.notes.clear()
+        if progress.totals.units and not killed:
+            cores = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+            for core in cores:
+                core.kill()
+                killed.append(core.pid)
+
+    try:
+        progress = Driver(accepted, cluster).run(kill_once)
+    finally:
+        cluster.close(at_once=True)
+    assert killed
+    assert any("starting it again" in note for note in notes), notes
+    assert progress.state == "complete"
+    finish(accepted)
+    assert verify(str(out)).complete
+    assert read_output(out).column("completion_tokens").to_pylist() == [100] * 192
