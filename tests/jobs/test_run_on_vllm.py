@@ -61,6 +61,16 @@ def test_a_table_comes_out_whole_through_the_real_engine(
     assert len(provenance["weights"]) == len(provenance["tokenizer"]) == len(provenance["chat_template"]) == 64
     assert json.loads(metadata[META_REPORT])["worker"] == "local-0"
     assert table.schema.field("error").type == pa.struct([("kind", pa.string()), ("message", pa.string())])
+    # Every second of the replica is of one kind, and every token was generated once and kept.
+    assert result.account is not None
+    (replica,) = result.account.replicas
+    assert replica.lifetime_s <= result.account.elapsed_s
+    assert replica.seconds["start"] > 0
+    assert replica.seconds["busy"] > 0
+    assert replica.seconds["lost"] == 0
+    assert replica.generated_tokens == replica.output_tokens == result.totals.completion_tokens - result.totals.copied_tokens
+    assert 0 < replica.busy_tokens <= replica.generated_tokens
+    assert result.account.engine["version"].startswith("vllm")
     # The same command again starts no engine and changes nothing.
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part-*")}
     again = api.run(job, stream=io.StringIO())
