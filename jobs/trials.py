@@ -77,7 +77,9 @@ class Trials:
         if len(self._models) > 1:
             words.append(Path(self._models[setting.model].path).name)
         words += [f"{name}={value}" for name, value in setting.options if name != "dtype" and now.get(name) != value]
+        words += [f"{name}={value}" for name, value in setting.environment]
         words += [f"with {' and '.join(setting.preload)}"] if setting.preload else []
+        words += ["cores pinned"] if setting.pin_cores else []
         return ", ".join(words) + (" (what a run takes now)" if setting == self._start else "")
 
     def measure_lengths(

@@ -236,7 +236,14 @@ def _conclude(
         output_tokens_per_s=outcomes[best.key].output_tokens_per_s,
         now_tokens_per_s=now.output_tokens_per_s if now else 0.0,
         defaults_tokens_per_s=defaults_rate,
-        best={"model": by_digest[best.model].path, "replicas": best.replicas, "preload": best.preload, **dict(best.options)},
+        best={
+            "model": by_digest[best.model].path,
+            "replicas": best.replicas,
+            **dict(best.options),
+            **dict(best.environment),
+            "preload": " ".join(best.preload),
+            "pin_cores": best.pin_cores,
+        },
         saved=saved,
         quicker_model=quicker,
         seconds=seconds,
@@ -263,7 +270,7 @@ def words(tuning: Tuning) -> list[str]:
         lines.append("stopped early; the same command goes on")
     elif tuning.skipped:
         lines.append(f"{tuning.skipped} settings were left out for lack of time; the same command tries them")
-    best = ", ".join(f"{name} {value}" for name, value in tuning.best.items() if value not in (None, []))
+    best = ", ".join(f"{name} {value}" for name, value in tuning.best.items() if value not in ("", False))
     lines.append(f"best: {best}")
     lines.append(f"{tuning.output_tokens_per_s:,.1f} output tok/s, {tuning.now_tokens_per_s:,.1f} with what a run took before")
     if tuning.times_defaults is None:

@@ -51,6 +51,8 @@ class Machine:
 
     cores: int
     memory_bytes: int
+    core_ids: tuple[int, ...] = ()
+    """By default from 0."""
     cpu_flags: frozenset[str] = frozenset()
     num_gpus: int = 0
     visible_gpus: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ def this_machine() -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         cores=cores,
+        core_ids=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
         memory_bytes=min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _container_memory_bytes()),
         cpu_flags=frozenset(flags),
         num_gpus=len(visible) if given is not None else gpus,
@@ -247,4 +250,18 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     wanted = [name for name in ALLOCATORS if name in machine.libraries][:1] if profile.preload is None else profile.preload
     if paths := [machine.libraries[name] for name in wanted if name in machine.libraries]:
         environment["LD_PRELOAD"] = ":".join(paths)
-    return ReplicaPlan(profile=profile.name, replicas=count, options={**made, **options}, environment=environment)
+    pinned = tuple(_pinned(machine, index, count) for index in range(count)) if profile.pin_cores and count <= machine.cores else ()
+    return ReplicaPlan(
+        profile=profile.name, replicas=count, options={**made, **options}, environment=environment, device_environments=pinned
+    )
+
+
+def _pinned(machine: Machine, index: int, count: int) -> dict[str, str]:
+    """For OpenMP in the replica's own process, and for an engine core in another one, which vLLM pins itself."""
+    ids = machine.core_ids or tuple(range(machine.cores))
+    own = ids[index * len(ids) // count : (index + 1) * len(ids) // count]
+    return {
+        "OMP_PLACES": ",".join(f"{{{core}}}" for core in own),
+        "OMP_PROC_BIND": "close",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, own)),
+    }

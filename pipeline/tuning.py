@@ -11,6 +11,7 @@ import json
 from collections.abc import Generator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ RUNGS = ((0.25, 0.60), (0.50, 0.80))
 _ENGINES_OWN_START = 4.0
 """The engine's defaults compile and start processes of their own: 120 s against 30 s for ours, on two cores."""
 _COMPILE_S = 90.0
+_NEARLY = 0.9
+"""Of the best speed so far: where the engine's own defaults have more, what they do otherwise, compiling, is worth its start early."""
 _FIRST_START_S = 40.0
 """Where nothing was started yet."""
 _GPU_SHARE = 0.92
@@ -42,6 +45,8 @@ _WIDTHS = 2
 """The smallest tensor-parallel width that fits, and the next: wider ones lose more to talking than they gain."""
 _WORTH_SHARING = 0.05
 """Of the prompts' tokens, that a prefix cache would find, before it is worth a trial."""
+_CORES_TO_SPARE = 8
+"""So many, before an engine core in a process of its own is worth a trial on a CPU."""
 _FIELDS = ("max_num_seqs", "max_num_batched_tokens", "dtype")
 """Options that a profile has as fields of its own."""
 
@@ -55,29 +60,30 @@ class Setting:
     replicas: int
     options: tuple[tuple[str, Any], ...]
     """Engine arguments, sorted by name; those that are None are the engine's own."""
-    preload: tuple[str, ...] | None = ()
+    preload: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables over the profile's, sorted by name."""
+    pin_cores: bool = False
     defaults: bool = False
     """The engine's own defaults, with nothing of ours; one replica."""
 
     @property
     def key(self) -> str:
         """The same for equal settings, in every process."""
-        return json.dumps([self.model, self.replicas, list(map(list, self.options)), self.preload, self.defaults])
+        return json.dumps(asdict(self), sort_keys=True)
 
     def get(self, name: str) -> Any:
+        """An option's value; None where it is the engine's own."""
         return dict(self.options).get(name)
 
-    def but(
-        self, *, model: str | None = None, replicas: int | None = None, preload: tuple[str, ...] | None = None, **options: Any
-    ) -> Setting:
-        """This setting with some values changed."""
-        merged = {**dict(self.options), **options}
+    def but(self, *, environment: Mapping[str, str] | None = None, **values: Any) -> Setting:
+        """This setting with fields, or else options, changed; an option that is None is left to the engine."""
+        own = {name: values.pop(name) for name in ("model", "replicas", "preload", "pin_cores") if name in values}
         return replace(
             self,
-            model=model or self.model,
-            replicas=replicas or self.replicas,
-            preload=self.preload if preload is None else preload,
-            options=tuple(sorted((name, value) for name, value in merged.items() if value is not None)),
+            **own,
+            environment=tuple(sorted({**dict(self.environment), **(environment or {})}.items())),
+            options=tuple(sorted((name, value) for name, value in {**dict(self.options), **values}.items() if value is not None)),
         )
 
 
@@ -110,7 +116,8 @@ class Space:
     dtypes: tuple[str, ...] = ()
     cuts: tuple[tuple[str, tuple[Cut, ...]], ...] = ()
     """For each model, from fewest replicas to most."""
-    libraries: tuple[tuple[str, ...], ...] = ()
+    changes: tuple[Mapping[str, Any], ...] = ()
+    """To the engine's process and its surroundings; tried each by itself, before the ladders."""
     ladders: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Options with an order, and the values that they may take."""
     rest: tuple[Mapping[str, Any], ...] = ()
@@ -163,14 +170,10 @@ def best_of(outcomes: Mapping[str, Outcome], model: str) -> Setting | None:
 
 
 def parse_key(key: str) -> Setting:
-    model, replicas, options, preload, defaults = json.loads(key)
-    return Setting(
-        model=model,
-        replicas=replicas,
-        options=tuple((name, value) for name, value in options),
-        preload=None if preload is None else tuple(preload),
-        defaults=defaults,
-    )
+    """Raises what says that it is none."""
+    values = json.loads(key)
+    pairs = {name: tuple((first, second) for first, second in values.pop(name)) for name in ("options", "environment")}
+    return Setting(**{**values, **pairs, "preload": tuple(values["preload"])})
 
 
 def engine_defaults(space: Space) -> Setting:
@@ -225,6 +228,8 @@ def profile_of(setting: Setting, base: Profile) -> Profile:
         "description": f"{base.description.rstrip('.')}, as tuned.",
         "replicas": setting.replicas,
         "preload": setting.preload,
+        "pin_cores": setting.pin_cores,
+        "environment": {**base.environment, **dict(setting.environment)},
         "dtype_by_cpu_flag": {},
         **{name: options.pop(name) for name in _FIELDS if name in options},
         "options": {**base.options, **options},
@@ -290,12 +295,18 @@ def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], option
     allocators = [name for name in ALLOCATORS if name in machine.libraries]
     openmp = ("iomp",) if "iomp" in machine.libraries else ()
     libraries = [(*openmp, *allocators[:1]), openmp, *((name,) for name in allocators), ()]
+    changes: list[Mapping[str, Any]] = [{"preload": names} for names in dict.fromkeys(libraries) if names != start.preload]
+    changes.append({"pin_cores": True})
+    # Threads that spin while they wait for each other are the quickest, unless something else wants their cores.
+    changes.append({"environment": {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}})
+    if machine.cores >= _CORES_TO_SPARE:
+        changes.append({"environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "pin_cores": True})
     return Space(
         start=start,
         models=_most_promising(models),
         dtypes=tuple(dtypes),
         cuts=tuple((model.weights_digest, tuple((replicas, {}) for replicas in cuts)) for model in models),
-        libraries=tuple(names for names in dict.fromkeys(libraries) if names != start.preload),
+        changes=tuple(changes),
         ladders=(("max_num_seqs", (16, 32, 64, 128, 256, 512)), ("max_num_batched_tokens", (512, 1024, 2048, 4096, 8192))),
         # The engine has one attention backend for CPUs; its blocks are of 128 tokens. Compiling costs more start than anything.
         rest=({"block_size": 64}, {"block_size": 32}, {"enforce_eager": False}),
@@ -368,7 +379,7 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
     """The whole search, as if every trial were known already."""
     best = space.start
     rates = {best.key: (yield best, best).output_tokens_per_s}
-    yield engine_defaults(space), best
+    defaults_rate = (yield engine_defaults(space), best).output_tokens_per_s
 
     def ask(wanted: Setting) -> Generator[tuple[Setting, Setting], Outcome, float]:
         if wanted.key not in rates:
@@ -388,7 +399,11 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
     models = (*space.models[1:], *space.models[:1])
     best = yield from best_among([_on(space, best, model).but(**dtype) for model in models for dtype in dtypes])
     best = yield from _climb(best, [best.but(replicas=replicas, **options) for replicas, options in space.cuts_of(best.model)], ask)
-    best = yield from best_among([best.but(preload=names) for names in space.libraries])
+    early: list[Mapping[str, Any]] = (
+        [{"enforce_eager": False}] if best.get("enforce_eager") and defaults_rate > _NEARLY * rates[best.key] else []
+    )
+    for change in (*early, *space.changes):
+        best = yield from best_among([best.but(**change)])
     for name, values in space.ladders:
         best = yield from _climb(best, [best.but(**_named(name, value)) for value in values], ask)
     for change in space.rest:

@@ -29,6 +29,8 @@ class Profile(Frozen):
     preload: tuple[str, ...] | None = None
     """CPU only: libraries that engine processes start with, by the names that pipeline.profile knows; those that a machine lacks
     are left out. By default an allocator, where one is found."""
+    pin_cores: bool = False
+    """CPU only: every replica computes on cores of its own and no others."""
     options: dict[str, Any] = {}
     environment: dict[str, str] = {}
     dtype_by_cpu_flag: dict[str, str] = {}

@@ -162,9 +162,22 @@ def test_a_profile_may_bound_the_models_length() -> None:
     assert plan(bounded, machine(2), replace(MODEL, max_position_embeddings=256)).options["max_model_len"] == 256
 
 
+def test_a_profile_names_what_is_preloaded_and_what_a_machine_lacks_is_left_out() -> None:
+    both = machine(2, libraries={"tcmalloc": "/t.so", "iomp": "/i.so"})
+    assert plan(CPU.model_copy(update={"preload": ("iomp", "tcmalloc", "mimalloc")}), both).environment["LD_PRELOAD"] == "/i.so:/t.so"
+    assert "LD_PRELOAD" not in plan(CPU.model_copy(update={"preload": ()}), both).environment
+
+
 def test_a_found_allocator_is_preloaded() -> None:
     assert plan(CPU, machine(2, libraries={"tcmalloc": "libtcmalloc_minimal.so.4"})).environment["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
     assert "LD_PRELOAD" not in plan(CPU, machine(2)).environment
+
+
+def test_pinned_replicas_have_cores_of_their_own_and_none_is_left_over() -> None:
+    made = plan(CPU.model_copy(update={"pin_cores": True, "replicas": 2}), machine(5, core_ids=(1, 3, 5, 7, 9)))
+    assert [made.environment_of(index)["VLLM_CPU_OMP_THREADS_BIND"] for index in range(2)] == ["1,3", "5,7,9"]
+    assert made.environment_of(0)["OMP_PLACES"] == "{1},{3}"
+    assert (made.environment_of(1)["A"], made.environment_of(1)["OMP_PROC_BIND"]) == ("1", "close")
 
 
 def test_each_gpu_gets_one_replica() -> None:

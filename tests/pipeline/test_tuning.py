@@ -85,7 +85,7 @@ def test_the_search_finds_the_best_setting_of_a_machine_whose_dimensions_do_not_
 
 def test_it_needs_few_trials() -> None:
     _, outcomes = search(space(CPU, MODEL, INT8), cpu_speed)
-    assert len(outcomes) <= 16
+    assert len(outcomes) <= 18
 
 
 def test_a_search_goes_on_where_it_was_stopped() -> None:
@@ -169,7 +169,11 @@ def test_nothing_ends_a_trial_that_there_is_no_better_one_for() -> None:
 
 
 def test_keys_bring_their_settings_back() -> None:
-    for setting in (space().start, engine_defaults(space()), space().start.but(preload=("a", "b"), block_size=32)):
+    for setting in (
+        space().start,
+        engine_defaults(space()),
+        space().start.but(preload=("a", "b"), environment={"B": "1", "A": "2"}, pin_cores=True, block_size=32),
+    ):
         assert parse_key(setting.key) == setting
 
 
@@ -209,14 +213,33 @@ def test_a_setting_becomes_a_profile_that_plans_the_same() -> None:
         "dtype": "bfloat16", "max_num_seqs": 64, "block_size": 32, "enforce_eager": False, "enable_prefix_caching": False,
     }  # fmt: skip
     assert (plan.environment["OMP_NUM_THREADS"], plan.environment["LD_PRELOAD"]) == ("1", "/lib/iomp")
+    pinned = plan_of(setting.but(pin_cores=True, environment={"OMP_WAIT_POLICY": "PASSIVE"}), base, CPU, MODEL, {})
+    assert [pinned.environment_of(index)["OMP_PLACES"] for index in range(2)] == ["{0}", "{1}"]
+    assert pinned.environment_of(1)["OMP_WAIT_POLICY"] == "PASSIVE"
     assert plan.environment["MALLOC_TRIM_THRESHOLD_"] == base.environment["MALLOC_TRIM_THRESHOLD_"]
 
 
 def test_allocators_are_tried_where_they_are_found() -> None:
     both = space(replace(CPU, libraries={"tcmalloc": "/t", "mimalloc": "/m", "iomp": "/i"}))
     assert both.start.preload == ("tcmalloc",)
-    assert set(both.libraries) == {("iomp", "tcmalloc"), ("iomp",), ("mimalloc",), ()}
-    assert space(replace(CPU, libraries={})).libraries == ()
+    assert [change["preload"] for change in both.changes if "preload" in change] == [("iomp", "tcmalloc"), ("iomp",), ("mimalloc",), ()]
+    assert not [change for change in space(replace(CPU, libraries={})).changes if "preload" in change]
+
+
+def test_an_engine_core_of_its_own_is_tried_where_there_are_cores_to_spare() -> None:
+    own = {"environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "pin_cores": True}
+    assert own not in space().changes
+    assert own in space(replace(CPU, cores=16)).changes
+
+
+def test_compiling_is_tried_early_where_the_engines_defaults_are_quick() -> None:
+    def compiled(setting: Setting) -> float:
+        return 400.0 if setting.defaults else cpu_speed(setting) * (1.0 if setting.get("enforce_eager") else 1.5)
+
+    step, outcomes = search(space(), compiled)
+    tried = [setting.get("enforce_eager") for setting in map(parse_key, outcomes) if not setting.defaults]
+    assert tried.index(False) <= 4
+    assert (step.best.get("enforce_eager"), step.best.get("max_num_seqs"), step.best.preload) == (False, 64, ("iomp",))
 
 
 def test_a_whole_space_of_a_node_with_eight_h100() -> None:
