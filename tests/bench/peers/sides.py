@@ -88,7 +88,7 @@ def our_command(setting: Setting, task: Task) -> list[str]:
         "--prompt", "question", "--output", str(task.output), "--max-tokens", str(task.max_tokens), "--temperature", "0",
     ]  # fmt: skip
     if setting == "same-engine":
-        command += ["--profile", "local-cpu", "--replicas", "1", "--set", "engine.ordering=off"]
+        command += ["--profile", "local-cpu", "--replicas", "1", "--set", "engine.ordering='off'"]
         for key, value in task.options.items():
             command += ["--set", f"engine.options.{key}={json.dumps(value)}"]
     return command

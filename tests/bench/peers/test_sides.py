@@ -74,7 +74,7 @@ def test_our_command_with_defaults_is_what_a_user_types() -> None:
 def test_our_command_with_the_same_engine_spells_every_setting_out() -> None:
     settings = our_command("same-engine", _task(_OPTIONS))[len(our_command("defaults", _task({}))) :]
     assert settings == [
-        "--profile", "local-cpu", "--replicas", "1", "--set", "engine.ordering=off", "--set", 'engine.options.dtype="float32"',
+        "--profile", "local-cpu", "--replicas", "1", "--set", "engine.ordering='off'", "--set", 'engine.options.dtype="float32"',
         "--set", "engine.options.max_num_seqs=128", "--set", "engine.options.enforce_eager=true",
         "--set", "engine.options.enable_prefix_caching=false",
     ]  # fmt: skip

@@ -21,16 +21,17 @@ def render(question: str) -> str:
     return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
 
 
-rows = daft.read_parquet(f"{options.input}/*.parquet")
-rows = rows.with_column("rendered", render(rows["question"]))
-rows = rows.with_column(
-    "completion",
-    prompt(
-        rows["rendered"],
-        provider="vllm-prefix-caching",
-        model=options.model,
-        engine_args=options.engine,
-        generate_args={"sampling_params": SamplingParams(temperature=0.0, max_tokens=options.max_tokens)},
-    ),
-)
-rows.select("id", "completion").write_parquet(options.output)
+if __name__ == "__main__":  # vLLM starts its engine by spawning, which imports this file again
+    rows = daft.read_parquet(f"{options.input}/*.parquet")
+    rows = rows.with_column("rendered", render(rows["question"]))
+    rows = rows.with_column(
+        "completion",
+        prompt(
+            rows["rendered"],
+            provider="vllm-prefix-caching",
+            model=options.model,
+            engine_args=options.engine,
+            generate_args={"sampling_params": SamplingParams(temperature=0.0, max_tokens=options.max_tokens)},
+        ),
+    )
+    rows.select("id", "completion").write_parquet(options.output)
