@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.engine.engine import Request
+from pipeline.frame import find_frame
 from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.prompts import Message
@@ -50,6 +51,7 @@ class Renderer:
                 "input.chat: the model's tokenizer has no chat template; drop chat, or add chat_template.jinja to the checkpoint"
             )
         self._chat = has_template if job.input.chat is None else job.input.chat
+        self._frame = find_frame(str(tokenizer.chat_template), self._framed) if self._chat else None
 
     def render(self, prompts: Iterable[Prompt | RowError]) -> list[Request | tuple[RowError, int]]:
         """One Request, or RowError with the prompt's token count (0 if unknown), for each prompt, in order."""
@@ -80,9 +82,25 @@ class Renderer:
             return prompt.content, False
         if not isinstance(prompt.content, str) and self._tokenizer.chat_template is None:
             return RowError(kind="bad_messages", message="the model's tokenizer has no chat template, which messages need")
-        messages = (Message(role="user", content=prompt.content),) if isinstance(prompt.content, str) else prompt.content
+        if isinstance(prompt.content, str):
+            if self._frame is not None and self._job.input.system is None:
+                return self._frame.around(prompt.content), True
+            messages: tuple[Message, ...] = (Message(role="user", content=prompt.content),)
+        else:
+            messages = tuple(prompt.content)
+            if self._frame is not None and self._job.input.system is not None:  # then every prompt is that and a text
+                return self._frame.around(messages[-1].content), True
         text = self._apply_template(messages)
         return text if isinstance(text, RowError) else (text, True)
+
+    def _framed(self, text: str) -> str:
+        """A text prompt of this job, rendered by the template itself."""
+        system = self._job.input.system
+        turns = [{"role": "user", "content": text}]
+        if system is not None:
+            turns.insert(0, {"role": "system", "content": system})
+        rendered: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return rendered
 
     def _apply_template(self, messages: Sequence[Message]) -> str | RowError:
         turns = [{"role": message.role, "content": message.content} for message in messages]

@@ -119,7 +119,10 @@ def test_each_row_becomes_one_item_in_order(tokenizer: PreTrainedTokenizerFast) 
     rows = [ask("a", 5), bad, ask([{"role": "tool", "content": "x"}], 7), ask("bb", 8), ask("x" * 99, 9)]
     made = renderer(tokenizer).render(rows)
     assert made[0] == Request(
-        position=5, token_ids=tokenizer.encode("<s><|user|>a<|assistant|>", add_special_tokens=False), sampling=rows[0].sampling
+        position=5,
+        token_ids=tokenizer.encode("<s><|user|>a<|assistant|>", add_special_tokens=False),
+        sampling=rows[0].sampling,
+        ordered=True,
     )
     assert made[1] == (bad, 0)
     assert isinstance(made[2], tuple)
