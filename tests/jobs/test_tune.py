@@ -262,6 +262,20 @@ def test_a_job_that_was_begun_keeps_its_dtype_whatever_is_tuned_later(make_job: 
     assert (resumed.cut.options["dtype"], resumed.cut.options["max_num_seqs"]) == ("float32", 7)
 
 
+def test_a_job_that_an_earlier_version_began_is_resumed_though_it_recorded_no_dtype(
+    make_job: MakeJob, write_table: WriteTable, tiny_model: Path
+) -> None:
+    write_table(table(8))
+    begun = accept(vllm_job(make_job))
+    old = replace(begun.record, decides={**begun.record.decides, "engine": {"kind": "vllm", "options": {}}})
+    store(replace(begun, record=old))
+    save_tuned(tuned_for(tiny_model, dtype="bfloat16"))
+    resumed = accept(vllm_job(make_job))
+    assert resumed.record.fingerprint == old.fingerprint
+    assert resumed.cut is not None
+    assert resumed.cut.options["dtype"] == "bfloat16"
+
+
 def test_a_job_that_names_another_dtype_than_it_was_begun_with_is_refused(
     make_job: MakeJob, write_table: WriteTable, tiny_model: Path
 ) -> None:

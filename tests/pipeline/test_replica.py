@@ -94,3 +94,12 @@ def test_a_unit_that_is_asked_for_again_while_it_is_in_flight_is_run_once(accept
 def test_the_same_job_into_another_place_is_another_unit() -> None:
     assert unit_tag("a", "f", 1) != unit_tag("b", "f", 1)
     assert unit_tag("a", "f", 1) != unit_tag("a", "f", 2)
+
+
+def test_a_replica_in_another_dtype_than_the_job_was_begun_in_is_told(accepted: Accepted) -> None:
+    decides = {**accepted.record.decides, "engine": {"kind": "vllm", "options": {}, "found": {"dtype": "float32"}}}
+    assert wrong_replica(decides, accepted.model, "vllm", "float32") is None
+    said = "it computes in bfloat16, and the job was begun in float32 (--set engine.options.dtype=float32)"
+    assert wrong_replica(decides, accepted.model, "vllm", "bfloat16") == said
+    decides["engine"]["found"]["dtype"] = "auto"
+    assert wrong_replica(decides, accepted.model, "vllm", "bfloat16") is None
