@@ -156,12 +156,12 @@ class Replicas:
     @property
     def infos(self) -> dict[str, EngineInfo]:
         """What each engine says of itself, by the replica's name."""
-        return dict(self._infos)
+        return {member.name: self._infos[member.name] for member in self._members}
 
     @property
     def start_seconds(self) -> dict[str, float]:
         """From each process's start until its engine was ready."""
-        return dict(self._start_s)
+        return {member.name: self._start_s[member.name] for member in self._members}
 
     def run(
         self,
@@ -217,9 +217,12 @@ class Replicas:
     def _start(self, plan: ReplicaPlan, model: Model, kind: str, until: float) -> None:
         """As many at once as start soonest so."""
         at_once = engines_at_once(kind, plan.replicas)
+        base = {} if plan.bare else ENVIRONMENT
         for first in range(0, plan.replicas, at_once):
             for index in range(first, min(first + at_once, plan.replicas)):
-                self._members.append(_Member(name=f"replica-{index}", folder=self._folder, environment=plan.environment_of(index)))
+                self._members.append(
+                    _Member(name=f"replica-{index}", folder=self._folder, environment={**base, **plan.environment_of(index)})
+                )
                 self._members[-1].send({"model": asdict(model), "kind": kind, "options": plan.options})
             for member, said in self._hear(self._members[first:], until, "ready"):
                 self._infos[member.name] = EngineInfo(**said["ready"])
@@ -312,7 +315,7 @@ class _Member:
                 stdin=subprocess.PIPE,  # its end tells the process that this one is gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT, **environment},
+                env={**os.environ, **environment},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # a terminal's Ctrl-C reaches this process only
             )

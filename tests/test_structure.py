@@ -29,9 +29,11 @@ _OWNERS = {
     "torch": {"pipeline/engine/vllm.py"},
     "click": _COMMANDS,
     "cryptography": {"pipeline/tls.py"},
-    "distributed": {"pipeline/worker.py", "pipeline/membership.py", "pipeline/tls.py", "jobs/scheduler.py", *_DASK_CLUSTERS},
+    "distributed": {"pipeline/worker.py", "pipeline/membership.py", "pipeline/tls.py", "jobs/scheduler.py", "jobs/bench/raw.py", *_DASK_CLUSTERS},
     "dask": {"pipeline/membership.py", "jobs/scheduler.py", *_DASK_CLUSTERS},
     "fsspec": {"pipeline/storage.py"},
+    "mlperf_loadgen": {"jobs/bench/loadgen.py"},
+    "rouge_score": {"jobs/bench/rouge.py"},
     "transformers": {"pipeline/render.py"},
     "yaml": {"jobs/api.py", "jobs/cli/group.py", "pipeline/profile.py"},
 }

@@ -1,6 +1,8 @@
 """The `tokenmill` command: parse, call one function, print. A module for each group of commands."""
 
+from jobs.cli import bench as bench
 from jobs.cli import job as job
+from jobs.cli import model as model
 from jobs.cli import node as node
 from jobs.cli import report as report
 from jobs.cli import tune as tune

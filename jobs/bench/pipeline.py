@@ -1,0 +1,188 @@
+"""The pipeline benchmark: Parquet to Parquet, and what share of the raw engine that reaches.
+
+Pipeline and raw engine take turns on the same warm replicas. Raw: the bare loop in the engine's own thread, all of its rows queued
+at once; the same token ids in the same order, each row made exactly as long as the pipeline made it, so that both sides generate
+the same number of tokens. That holds only where no row is copied, so engine.ordering is off where raw is measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from jobs.accept import Accepted
+from jobs.accept import accept
+from jobs.accept import store
+from jobs.api import make_cluster
+from jobs.bench.result import BenchResult
+from jobs.bench.result import Measured
+from jobs.bench.result import ReplicaMeasured
+from jobs.bench.rows import accept_for_bench
+from jobs.bench.rows import into
+from jobs.bench.rows import read_rows
+from jobs.bench.rows import with_engine
+from jobs.bench.setting import setting_of
+from jobs.cluster.cluster import ReplicaState
+from jobs.cluster.local import LocalCluster
+from jobs.driver import Driver
+from jobs.driver import Progress
+from jobs.finish import finish
+from jobs.verify import verify
+from pipeline.engine.engine import EngineInfo
+from pipeline.engine.engine import Request
+from schemas.completions import COMPLETION_TOKENS
+from schemas.errors import EngineDead
+from schemas.errors import JobError
+from schemas.errors import UnitError
+from schemas.job import JobSpec
+
+_POLL_S = 0.1
+_HEARTBEAT_S = 1.5
+"""After which a replica's last counters are here."""
+_WINDOW = "from the first read to the last commit, on replicas that are up"
+
+
+def bench_pipeline(job: JobSpec, *, num_rows: int | None, rounds: int, with_raw: bool, say: Callable[[str], None]) -> BenchResult:
+    """Raises JobError, EngineStartError, and EngineDead or UnitError where a round did not run through."""
+    if with_raw and job.sampling.n > 1:
+        raise JobError(f"sampling.n: found {job.sampling.n}; raw rows are made as long as the pipeline's, which needs n: 1 (or --no-raw)")
+    work = Path(tempfile.mkdtemp(prefix="tokenmill-bench-"))
+    try:
+        first = store(accept_for_bench(with_engine(job, ordering="off") if with_raw else job, work, num_rows))
+        rows = read_rows(first)
+        cluster = make_cluster(first)
+        assert isinstance(cluster, LocalCluster)
+        measured, raw, finished = [], [], False
+        try:
+            _wait_until_up(cluster)
+            say(f"{first.plan.num_rows:,} rows in {len(first.plan.units)} units, {cluster.num_replicas} replicas up")
+            for number in range(rounds):
+                accepted = first if number == 0 else store(accept(into(first.job, work / f"out-{number}")))
+                measured.append(_run_once(accepted, cluster))
+                text = f"round {number + 1}: pipeline {measured[-1].output_tokens_per_s:,.1f} output tokens/s"
+                if with_raw:
+                    raw.append(_run_raw(cluster, as_long(rows.requests, _lengths(accepted))))
+                    _check_same(measured[-1], raw[-1])
+                    share = measured[-1].output_tokens_per_s / raw[-1].output_tokens_per_s
+                    text += f", raw engine {raw[-1].output_tokens_per_s:,.1f}: {share:.3f}"
+                say(text)
+            engine = EngineInfo(**cluster.replicas()[0].engine)
+            setting = setting_of(first, engine, cluster.start_seconds())
+            finished = True
+        finally:
+            cluster.close(at_once=not finished)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return BenchResult(mode="pipeline", rounds=tuple(measured), raw=tuple(raw), setting=setting, error_rows=rows.error_rows, window=_WINDOW)
+
+
+def as_long(requests: Sequence[Request], lengths: Sequence[int]) -> list[Request]:
+    """The requests that generated something, each made exactly so long. Lengths are those of all rows of the table, by position."""
+    free: dict[str, Any] = {"ignore_eos": True, "min_tokens": 0, "stop": [], "stop_token_ids": []}
+    return [
+        replace(request, sampling=request.sampling.model_copy(update={**free, "max_tokens": lengths[request.position]}))
+        for request in requests
+        if lengths[request.position]
+    ]
+
+
+def _wait_until_up(cluster: LocalCluster) -> None:
+    while len(cluster.replicas()) < cluster.num_replicas:
+        time.sleep(_POLL_S)
+
+
+def _run_once(accepted: Accepted, cluster: LocalCluster) -> Measured:
+    """One whole job on warm replicas."""
+    before = {replica.name: replica for replica in cluster.replicas()}
+    progress = Driver(accepted, cluster).run(lambda progress: _check_smooth(progress, cluster))
+    ended = time.time()
+    _check_smooth(progress, cluster)
+    if progress.state != "complete":
+        raise UnitError(f"the round ended as {progress.state}: {'; '.join(progress.failed.values())}")
+    finish(accepted)
+    if not (verdict := verify(accepted.out_uri)).complete:
+        raise UnitError(f"the round's output is not whole: {'; '.join(verdict.problems[:5])}")
+    totals = progress.totals
+    assert totals.started_at is not None
+    elapsed_s = ended - totals.started_at
+    time.sleep(_HEARTBEAT_S)
+    return Measured(
+        rows=totals.rows,
+        prompt_tokens=totals.prompt_tokens,
+        output_tokens=totals.completion_tokens,
+        elapsed_s=elapsed_s,
+        replicas=tuple(_since(before[replica.name], replica, elapsed_s) for replica in cluster.replicas()),
+    )
+
+
+def _check_smooth(progress: Progress, cluster: LocalCluster) -> None:
+    """Raises UnitError as soon as something is done twice."""
+    if progress.retries:
+        time.sleep(_HEARTBEAT_S)  # a unit comes back sooner than word of why its replica went
+        why = "; ".join([*progress.failed.values(), *progress.notes, *cluster.notes()]) or "units were tried again"
+        raise UnitError(f"the round did not run through at the first try, so its seconds would say nothing: {why}")
+
+
+def _since(before: ReplicaState, now: ReplicaState, elapsed_s: float) -> ReplicaMeasured:
+    return ReplicaMeasured(
+        name=now.name,
+        rows=now.rows - before.rows,
+        prompt_tokens=now.prompt_tokens - before.prompt_tokens,
+        output_tokens=now.completion_tokens - before.completion_tokens,
+        seconds=elapsed_s,
+    )
+
+
+def _lengths(accepted: Accepted) -> list[int]:
+    """Completion tokens of every row, in input order."""
+    column, lengths = accepted.job.output.prefix + COMPLETION_TOKENS, []
+    for unit in accepted.plan.units:
+        part = pq.read_table(Path(accepted.out_uri, unit.part_name(accepted.record.fingerprint)), columns=[column])
+        lengths += [length or 0 for length in part.column(column).to_pylist()]
+    return lengths
+
+
+def _run_raw(cluster: LocalCluster, requests: Sequence[Request]) -> Measured:
+    """All replicas at once, each with every nth row; see jobs.bench.raw."""
+    from jobs.bench.raw import raw_task
+
+    names = [replica.name for replica in cluster.replicas()]
+    shares = [requests[index :: len(names)] for index in range(len(names))]
+    futures = [cluster.client.submit(raw_task, share, workers=[name], pure=False) for name, share in zip(names, shares, strict=True)]
+    try:
+        results = [future.result() for future in futures]
+    except Exception as error:  # Dask wraps what a lost worker leaves behind in errors of its own
+        raise EngineDead(f"the raw engine's round failed: {'; '.join(cluster.notes()) or f'{type(error).__name__}: {error}'}") from error
+    replicas = tuple(
+        ReplicaMeasured(
+            name=name,
+            rows=said["rows"],
+            prompt_tokens=said["prompt_tokens"],
+            output_tokens=said["output_tokens"],
+            seconds=said["ended"] - said["began"],
+        )
+        for name, said in zip(names, results, strict=True)
+    )
+    return Measured(
+        rows=sum(replica.rows for replica in replicas),
+        prompt_tokens=sum(replica.prompt_tokens for replica in replicas),
+        output_tokens=sum(replica.output_tokens for replica in replicas),
+        elapsed_s=max(said["ended"] for said in results) - min(said["began"] for said in results),
+        replicas=replicas,
+    )
+
+
+def _check_same(pipeline: Measured, raw: Measured) -> None:
+    if pipeline.output_tokens != raw.output_tokens:
+        raise JobError(
+            f"the raw engine made {raw.output_tokens} output tokens where the pipeline made {pipeline.output_tokens}: rows of this job "
+            "cannot be made exactly as long by max_tokens alone (structured_outputs?); use --no-raw"
+        )
