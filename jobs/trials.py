@@ -39,7 +39,7 @@ _MIN_ROWS = 64
 _WARM_ROWS = 4
 """For each replica."""
 _AGREE = 0.6
-"""Of greedy rows, that must begin as with the settings that a run takes now; INT8 with its gate passed has more than 0.9."""
+"""Of greedy rows, that must begin as with the settings that a run takes untuned; INT8 with its gate passed has more than 0.9."""
 _DEFAULTS_TIMES = 3.0
 """The engine's defaults are stopped, and their speed so far is taken, after so many times what the first trial took."""
 
@@ -80,7 +80,7 @@ class Trials:
         words += [f"{name}={value}" for name, value in setting.environment]
         words += [f"with {' and '.join(setting.preload)}"] if setting.preload else []
         words += ["cores pinned"] if setting.pin_cores else []
-        return ", ".join(words) + (" (what a run takes now)" if setting == self._start else "")
+        return ", ".join(words) + (" (what a run takes untuned)" if setting == self._start else "")
 
     def measure_lengths(
         self,
@@ -91,11 +91,11 @@ class Trials:
         until: float,
         make_space: Callable[..., Space],
     ) -> None:
-        """How long the table's completions become, with the settings that a run takes now; also how many rows make a trial.
+        """How long the table's completions become, with the settings that a run takes untuned; also how many rows make a trial.
 
         The same engines then run the first trial, but for those whose cache knows the rows by now.
         """
-        self._show.doing("completion lengths, with the settings that a run takes now", first=True)
+        self._show.doing("completion lengths, with the settings that a run takes untuned", first=True)
         generations: dict[int, Generation] = {}
         began = time.monotonic()
         with Replicas(plan, self._models[next(iter(self._models))], "vllm", timeout_s=until - began) as replicas:
@@ -162,7 +162,7 @@ class Trials:
         )
         alike = agreement(self._journal.first_tokens, made)
         if alike < _AGREE:
-            return replace(outcome, state="failed", message=f"only {alike:.0%} of its completions begin as they do now")
+            return replace(outcome, state="failed", message=f"only {alike:.0%} of its completions begin as they do untuned")
         return outcome
 
 

