@@ -9,6 +9,7 @@ from pathlib import Path
 from jobs.bench.result import BenchResult
 from jobs.bench.result import Measured
 from jobs.bench.rows import accept_for_bench
+from jobs.bench.rows import check_comparable
 from jobs.bench.rows import plan_of
 from jobs.bench.rows import read_rows
 from jobs.bench.setting import setting_of
@@ -24,6 +25,8 @@ def bench_engine(job: JobSpec, *, num_rows: int | None, rounds: int, say: Callab
     """Every row once a round, on replicas that stay warm. Raises JobError, EngineStartError and EngineError."""
     with tempfile.TemporaryDirectory(prefix="tokenmill-bench-") as folder:
         accepted = accept_for_bench(job, Path(folder), num_rows)
+        if rounds > 1:
+            check_comparable(accepted, "several rounds")
         rows = read_rows(accepted)
         plan = plan_of(accepted)
         say(f"{len(rows.requests):,} rows, {plan.replicas} replicas")

@@ -26,6 +26,7 @@ from jobs.bench.result import BenchResult
 from jobs.bench.result import Measured
 from jobs.bench.result import ReplicaMeasured
 from jobs.bench.rows import accept_for_bench
+from jobs.bench.rows import check_comparable
 from jobs.bench.rows import into
 from jobs.bench.rows import read_rows
 from jobs.bench.rows import with_engine
@@ -56,9 +57,11 @@ def bench_pipeline(job: JobSpec, *, num_rows: int | None, rounds: int, with_raw:
         raise JobError(f"sampling.n: found {job.sampling.n}; raw rows are made as long as the pipeline's, which needs n: 1 (or --no-raw)")
     work = Path(tempfile.mkdtemp(prefix="tokenmill-bench-"))
     try:
-        first = store(accept_for_bench(with_engine(job, ordering="off") if with_raw else job, work, num_rows))
+        first = accept_for_bench(with_engine(job, ordering="off") if with_raw else job, work, num_rows)
+        if with_raw or rounds > 1:
+            check_comparable(first, "pipeline and raw engine" if with_raw else "several rounds")
         rows = read_rows(first)
-        cluster = make_cluster(first)
+        cluster = make_cluster(store(first))
         assert isinstance(cluster, LocalCluster)
         measured, raw, finished = [], [], False
         try:

@@ -71,6 +71,15 @@ def plan_of(accepted: Accepted) -> ReplicaPlan:
     return accepted.cut
 
 
+def check_comparable(accepted: Accepted, what: str) -> None:
+    """Raises JobError where warm replicas would answer from what an earlier turn left in their prefix cache."""
+    if accepted.job.engine.kind == "vllm" and plan_of(accepted).options.get("enable_prefix_caching", True):
+        raise JobError(
+            f"engine.options.enable_prefix_caching: found true; {what} generate the same rows on the same warm replicas, and all but the "
+            "first would find their prompts in the cache; set it false"
+        )
+
+
 def read_rows(accepted: Accepted, *, reference: str | None = None) -> Rows:
     """Render every row as a replica would. Raises JobError where no row can be asked, or the reference column is none."""
     job, schema = accepted.job, accepted.record.input_schema

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def test_the_plan_is_what_a_replica_is_started_with(model: Model, tmp_path: Path
         found = [process.environ() for process in trial_processes()]
     assert {environment["MALLOC_ARENA_MAX"] for environment in found} == {"7"}
     assert {environment["CUDA_VISIBLE_DEVICES"] for environment in found} == {"3", "5"}
+
+
+@pytest.mark.parametrize(("bare", "arenas"), [(False, "2"), (True, None)])
+def test_a_bare_plan_gets_nothing_of_our_own_environment(model: Model, bare: bool, arenas: str | None) -> None:
+    with Replicas(replace(simulated(), bare=bare), model, "simulated", timeout_s=60):
+        (process,) = trial_processes()
+        assert process.environ().get("MALLOC_ARENA_MAX") == arenas
 
 
 def test_a_replica_that_does_not_start_is_an_error_with_its_cause(model: Model) -> None:
