@@ -38,9 +38,8 @@ def main() -> None:
     print(f"a batch that fills and empties (a row comes, goes) {best(toggle, _NUMBER // 10):8.0f} ns, three clock readings included")
     print(f"a row answered                                     {best(lambda: book.finish(10, 100)):8.0f} ns")
     print(f"a unit's thread turns from reading to rendering    {best(lambda: feed.move('read', 'render', 0.0)):8.0f} ns")
-    print(
-        f"a reading, for a heartbeat or a unit's result      {best(lambda: book.read(time.monotonic(), kept_tokens=0), _NUMBER // 10):8.0f} ns"
-    )
+    reading = best(lambda: book.read(time.monotonic(), kept_tokens=0), _NUMBER // 10)
+    print(f"a reading, for a heartbeat or a unit's result      {reading:8.0f} ns")
 
 
 if __name__ == "__main__":
