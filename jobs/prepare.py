@@ -7,7 +7,6 @@ nothing that could be taken for a checkpoint, and the same command again starts 
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,17 +14,19 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from collections.abc import Iterator
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from filelock import FileLock
 from pydantic import ValidationError
 
+from jobs.references import Row
+from jobs.references import read_rows
+from jobs.references import rows_digest
+from jobs.references import split_rows
 from pipeline import storage
 from pipeline.child import run_child
 from pipeline.measure import Measured
@@ -41,20 +42,15 @@ from pipeline.profile import Machine
 from pipeline.profile import load_profile
 from pipeline.profile import plan_replicas
 from pipeline.profile import this_machine
-from pipeline.prompts import check_columns
-from pipeline.prompts import read_prompts
 from pipeline.quality import RowScore
 from pipeline.quality import judge
 from pipeline.quality import judge_again
 from pipeline.quality import rouge_of
-from pipeline.read import open_parquet
-from pipeline.render import Renderer
 from pipeline.render import load_tokenizer
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import ForeignOutput
 from schemas.errors import JobError
-from schemas.job import parse_job
 from schemas.prepared import PREPARED_FILE
 from schemas.prepared import Bar
 from schemas.prepared import Precision
@@ -63,9 +59,6 @@ from schemas.prepared import Verdict
 
 Say = Callable[[str], None]
 
-_JUDGED_ROWS = 128
-_CALIBRATION_ROWS = 32
-_LEAST_ROWS = 16
 _DIGEST_CHARACTERS = 12
 _COPIED = re.compile(r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|generation_config\.json|LICENSE.*|added_tokens\.json")
 """Of the source: what makes a checkpoint whole beside weights and config."""
@@ -95,6 +88,8 @@ class Order:
     """Of each completion that is compared."""
     bar: Bar = field(default_factory=Bar)
     gate: bool = True
+    dtype: str | None = None
+    """That the engine computes in while it judges what was made; by default the profile's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,15 +112,6 @@ class Result:
         return {**values, "prepared": self.prepared.model_dump(mode="json")}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One row that judges or calibrates."""
-
-    prompt_ids: list[int]
-    reference_ids: list[int]
-    reference: str
-
-
 def prepare(order: Order, say: Say) -> Result:
     """Make it, judge it, store it; or find it there. Raises JobError, ForeignOutput."""
     _check_packages()
@@ -135,8 +121,19 @@ def prepare(order: Order, say: Say) -> Result:
     precision = choose_precision(order.precision, machine, _gpu_names())
     _check_room(source, machine)
     recipe = recipe_for(precision)
-    judges, calibration = split_rows(read_rows(order, source), order.rows)
-    spoken = {"judges": _rows_digest(judges), "calibration": _rows_digest(calibration), "max_tokens": order.max_tokens}
+    judges, calibration = split_rows(
+        read_rows(
+            source,
+            order.model,
+            table=order.table,
+            prompt=order.prompt,
+            reference=order.reference,
+            at_most=order.rows,
+            max_tokens=order.max_tokens,
+        ),
+        order.rows,
+    )
+    spoken = {"judges": rows_digest(judges), "calibration": rows_digest(calibration), "max_tokens": order.max_tokens, "dtype": order.dtype}
     digest = prepared_digest(source.digests, recipe, spoken)
     name = f"{Path(source.path).name}-{precision}-{digest[:_DIGEST_CHARACTERS]}"
     if order.gate and precision != "int8" and not machine.num_gpus:
@@ -170,73 +167,6 @@ def choose_precision(asked: str, machine: Machine, gpus: list[str]) -> Precision
     return "nvfp4" if any(name in gpu for gpu in gpus for name, _ in _GPU_PRECISIONS) else "fp8"
 
 
-def split_rows(rows: list[Row], asked: int | None) -> tuple[list[Row], list[Row]]:
-    """Those that judge and, after them, those that calibrate; none does both. Raises JobError where there are too few."""
-    if len(rows) < _LEAST_ROWS:
-        raise JobError(
-            f"--table: {len(rows)} rows have a prompt and a reference that fit the model, expected {_LEAST_ROWS} at least; "
-            "give a larger table"
-        )
-    calibrating = min(_CALIBRATION_ROWS, len(rows) // 4)
-    if asked is not None and asked > len(rows) - calibrating:
-        raise JobError(f"--rows {asked}: the table has {len(rows)} usable rows, and {calibrating} are needed to calibrate")
-    judging = asked or min(_JUDGED_ROWS, len(rows) - calibrating)
-    return rows[:judging], rows[judging : judging + calibrating]
-
-
-def read_rows(order: Order, model: Model) -> list[Row]:
-    """As many usable rows as can be needed, in the table's order. Raises JobError naming what the table lacks."""
-    job = parse_job(
-        {
-            "model": order.model,
-            "input": {"uri": order.table, "prompt": order.prompt},
-            "output": {"uri": "nowhere"},
-            "sampling": {"max_tokens": order.max_tokens},
-        }
-    )
-    tokenizer = load_tokenizer(model.path)
-    renderer = Renderer(tokenizer, job, max_model_len=model.max_position_embeddings, seed_base="")
-    wanted = (order.rows or _JUDGED_ROWS) + _CALIBRATION_ROWS
-    rows: list[Row] = []
-    seen = blank = 0
-    for batch in _batches(order.table):
-        check_columns(batch.schema, job.input)
-        references = _references(batch, order.reference)
-        seen += batch.num_rows
-        for request, reference in zip(renderer.render(read_prompts(batch, 0, job)), references, strict=True):
-            blank += reference is None
-            if reference is None or isinstance(request, tuple):
-                continue
-            ids: list[int] = tokenizer(reference, add_special_tokens=False)["input_ids"]
-            if ids and len(request.token_ids) + len(ids) < model.max_position_embeddings:
-                rows.append(Row(prompt_ids=request.token_ids, reference_ids=ids, reference=reference))
-        if len(rows) >= wanted:
-            return rows[:wanted]
-    if not rows:
-        what = "their references are empty" if blank == seen else "none has a prompt and a reference that fit the model"
-        raise JobError(f"--reference {order.reference}: of {seen} rows in {order.table}, {what}; nothing could be compared")
-    return rows
-
-
-def _batches(table: str | list[str]) -> Iterator[pa.RecordBatch]:
-    for uri in [table] if isinstance(table, str) else table:
-        for found in storage.list_objects(uri):
-            try:
-                with open_parquet(found.uri) as parquet:
-                    yield from parquet.iter_batches(batch_size=256)
-            except pa.ArrowException as error:
-                raise JobError(f"--table: {found.uri} cannot be read as Parquet: {error}") from None
-
-
-def _references(batch: pa.RecordBatch, column: str) -> list[str | None]:
-    if column not in batch.schema.names:
-        raise JobError(f"--reference: the table has no column {column!r}; it has {', '.join(batch.schema.names)}")
-    kind = batch.schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise JobError(f"--reference: column {column!r} is {kind}, expected text")
-    return [value if value and value.strip() else None for value in batch.column(column).to_pylist()]
-
-
 def _check_packages() -> None:
     missing = [name for name in ("torch", "compressed_tensors", "rouge_score") if importlib.util.find_spec(name) is None]
     if missing:
@@ -263,10 +193,6 @@ def _check_room(source: Model, machine: Machine) -> None:
 def _gpu_names() -> list[str]:
     """As NVIDIA's driver tells; empty elsewhere."""
     return [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-
-
-def _rows_digest(rows: list[Row]) -> str:
-    return hashlib.sha256(json.dumps([[row.prompt_ids, row.reference_ids] for row in rows]).encode()).hexdigest()
 
 
 def _is_remote(uri: str) -> bool:
@@ -319,7 +245,7 @@ def _make(
                 shutil.copyfile(file, stage / file.name)
         verdict = None
         if before is not None:
-            after = _measure(resolve_model(str(stage)), judges, order, say, recipe.precision)
+            after = _measure(resolve_model(str(stage)), judges, order, say, recipe.precision, order.dtype)
             verdict = _judge(source, judges, before, after, order.bar)
         prepared = Prepared(
             digest=digest,
@@ -347,11 +273,12 @@ def _make(
     return _result(local, prepared, source, existed=False)
 
 
-def _measure(model: Model, rows: list[Row], order: Order, say: Say, what: str) -> Measured:
+def _measure(model: Model, rows: list[Row], order: Order, say: Say, what: str, dtype: str | None = None) -> Measured:
     machine = this_machine()
     longest = max(len(row.prompt_ids) + max(len(row.reference_ids), order.max_tokens) for row in rows)
     length = min(model.max_position_embeddings, longest + 1)
-    plan = plan_replicas(load_profile("auto", machine), machine, model, replicas=1, options={"max_model_len": length})
+    options: dict[str, Any] = {"max_model_len": length, **({"dtype": dtype} if dtype else {})}
+    plan = plan_replicas(load_profile("auto", machine), machine, model, replicas=1, options=options)
     pairs = [(row.prompt_ids, row.reference_ids) for row in rows]
     return measure(model, plan, pairs, max_tokens=order.max_tokens, say=lambda line: say(f"{what}: {line}"))
 

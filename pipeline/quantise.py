@@ -141,7 +141,7 @@ def _set_scales(model: Any, peaks: dict[str, torch.Tensor]) -> None:
 def _weight_peaks(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     """The largest magnitude of each piece that has a scale of its own: (rows, pieces)."""
     if args.group_size and args.group_size > 0:
-        return weight.abs().unflatten(1, (-1, args.group_size)).amax(2)
+        return weight.abs().reshape(weight.shape[0], -1, args.group_size).amax(2)
     return weight.abs().amax(1, keepdim=True)
 
 

@@ -31,6 +31,7 @@ def model() -> None:
     "--allow-perplexity", type=click.FloatRange(min=1), metavar="RATIO", help="Lower the bar: perplexity may rise this much (1.02)."
 )
 @click.option("--allow-rouge", type=click.FloatRange(0, 1), metavar="RATIO", help="Lower the bar: ROUGE may fall to this much (0.99).")
+@click.option("--dtype", help="That the engine computes in while it judges, as in float16; by default the profile's.")
 @click.option("--no-gate", is_flag=True, help="Do not judge at all; the checkpoint says so.")
 @storage_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
