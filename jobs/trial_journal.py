@@ -18,6 +18,7 @@ from filelock import Timeout
 from pipeline.engine.engine import Request
 from pipeline.model import Model
 from pipeline.model import cache_folder
+from pipeline.profile import asked_options
 from pipeline.tuned import engine_package
 from pipeline.tuning import Outcome
 from pipeline.tuning import Setting
@@ -35,7 +36,7 @@ def open_journal(job: JobSpec, model: Model, node: str, sample: Sequence[Request
         digest.update(json.dumps([request.position, request.token_ids, request.sampling.model_dump(mode="json", by_alias=True)]).encode())
     header = {
         "weights": model.weights_digest, "node": node, "engine": engine_package(), "sample": digest.hexdigest(), "rows": rows,
-        "profile": job.engine.profile, "options": job.engine.options, "replicas": job.cluster.replicas,
+        "profile": job.engine.profile, "options": asked_options(job.engine), "replicas": job.cluster.replicas,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:_KEY_CHARACTERS]
     path = cache_folder() / "tune" / f"{key}.jsonl"

@@ -17,6 +17,7 @@ from pipeline.engine.engine import Request
 from pipeline.model import Model
 from pipeline.profile import Machine
 from pipeline.profile import ReplicaPlan
+from pipeline.profile import asked_options
 from pipeline.trial import Replicas
 from pipeline.trial import TrialProgress
 from pipeline.tuned import engine_package
@@ -128,7 +129,7 @@ class Trials:
 
         start_s, model = 0.0, self._models[setting.model]
         try:
-            plan = plan_of(setting, self._base, self._machine, model, self._job.engine.options)
+            plan = plan_of(setting, self._base, self._machine, model, asked_options(self._job.engine))
             with Replicas(plan, model, "vllm", timeout_s=left()) as replicas:
                 start_s = time.monotonic() - began
                 replicas.run(warm(self._requests[: _WARM_ROWS * plan.replicas]), timeout_s=left())

@@ -28,6 +28,7 @@ from pipeline.engine.engine import Request
 from pipeline.model import Model
 from pipeline.model import resolve_model
 from pipeline.profile import Machine
+from pipeline.profile import asked_options
 from pipeline.profile import load_profile
 from pipeline.profile import node_kind
 from pipeline.profile import plan_replicas
@@ -112,7 +113,8 @@ def tune(
     models = _models(job.model, prepared)
     machine = this_machine()
     base = load_profile(job.engine.profile, machine)
-    plan = plan_replicas(base, machine, models[0], replicas=job.cluster.replicas, options=job.engine.options)
+    options = asked_options(job.engine)
+    plan = plan_replicas(base, machine, models[0], replicas=job.cluster.replicas, options=options)
     most = rows or (_MAX_GPU_ROWS if machine.num_gpus else _MAX_CPU_ROWS)
     sample = read_sample(job, models[0], most, max_model_len=plan.options["max_model_len"])
     if not sample:
@@ -125,7 +127,7 @@ def tune(
                 machine,
                 base,
                 models,
-                options=job.engine.options,
+                options=options,
                 replicas=job.cluster.replicas,
                 rows=len(requests),
                 tokens_per_row=max(len(request.token_ids) + request.sampling.max_tokens for request in requests),

@@ -180,13 +180,18 @@ def load_profile(name: str, machine: Machine) -> Profile:
         raise JobError(f"profile {known[chosen]}: {describe_validation(error)}") from None
 
 
+def asked_options(engine: EngineSpec) -> dict[str, Any]:
+    """Engine arguments that a job asks for, itself or by its ordering."""
+    return {**({"enable_prefix_caching": True} if engine.ordering == "auto" else {}), **engine.options}
+
+
 def cut_machine(engine: EngineSpec, model: Model, *, replicas: int | None, numerics: Mapping[str, Any] | None = None) -> ReplicaPlan:
     """The replicas that this machine runs: as tuned, where the profile is auto and something was. Raises JobError.
 
     `numerics` are options that a job was begun with; they win over the profile's, as the job's own win over both.
     """
     # Rows that begin alike are kept together (engine.ordering), and then a prefix cache costs nothing to speak of.
-    options = {**({"enable_prefix_caching": True} if engine.ordering == "auto" else {}), **(numerics or {}), **engine.options}
+    options = {**(numerics or {}), **asked_options(engine)}
     if engine.kind == "simulated":
         options = SimulatedOptions.model_validate(engine.options).model_dump()
         return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options)

@@ -359,13 +359,13 @@ def test_a_search_with_real_engines_is_saved_and_taken_by_a_run(make_job: MakeJo
         "dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 512, "enforce_eager": True, "block_size": 32,
         "kv_cache_memory_bytes": 64 << 20,
     }  # fmt: skip
-    job, show = make_job(engine={"kind": "vllm", "options": options}, cluster={"kind": "local", "replicas": 1}), Silent()
+    job, show = make_job(engine={"kind": "vllm", "options": options, "ordering": "off"}, cluster={"kind": "local", "replicas": 1}), Silent()
     model, node = resolve_model(str(tiny_model)), node_kind(this_machine())
     with open_journal(job, model, node, read_sample(job, model, 16, max_model_len=512), 16, False) as journal:
         # The engine's own defaults take minutes to come up; here an earlier search has measured them.
         journal.add(engine_defaults(replace(SPACE, models=(model.weights_digest,))), Outcome(state="done", output_tokens_per_s=10.0))
-    tuning = tune(job, budget_s=240.0, rows=16, show=show)
-    assert (tuning.rows, tuning.defaults_tokens_per_s, tuning.skipped) == (16, 10.0, 0)
+    tuning = tune(job, budget_s=90.0, rows=16, show=show)
+    assert (tuning.rows, tuning.defaults_tokens_per_s) == (16, 10.0)
     assert {outcome["state"] for outcome in tuning.outcomes} <= {"done", "stopped"}
     assert tuning.output_tokens_per_s >= tuning.untuned_tokens_per_s > 0
     tuned = find_tuned(model.weights_digest, node)
