@@ -7,6 +7,7 @@ answered with nothing and LoadGen's result thrown away, or its thread would wait
 from __future__ import annotations
 
 import array
+import importlib.util
 import json
 import queue
 import threading
@@ -69,11 +70,10 @@ class LoadGenRun:
 
 
 def require_loadgen() -> None:
-    """Raises JobError where the package is missing."""
-    try:
-        import mlperf_loadgen  # noqa: F401
-    except ImportError:
-        raise JobError("bench offline needs LoadGen: install the extra `bench` (mlcommons-loadgen, rouge-score)") from None
+    """Raises JobError where the packages of the extra are missing."""
+    missing = [package for package in ("mlperf_loadgen", "rouge_score") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise JobError(f"bench offline needs {' and '.join(missing)}: pip install 'tokenmill[bench]'")
 
 
 def run_loadgen(

@@ -7,6 +7,7 @@ and tokenising are untimed, as in MLPerf. Not an MLPerf result: other model, oth
 from __future__ import annotations
 
 import hashlib
+import statistics
 import tempfile
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -213,10 +214,12 @@ def _scores(token_ids: Sequence[Sequence[int]], rows: Rows) -> dict[str, Any]:
         "tokens_per_sample": round(sum(lengths) / len(lengths), 2),
     }
     if rows.references:
-        from jobs.bench.rouge import rouge
+        from pipeline.quality import KINDS
+        from pipeline.quality import rouge_of
 
         texts = rows.renderer.decode([list(ids) for ids in token_ids], skip_special_tokens=True)
-        values |= {"gen_len": sum(map(len, texts)), **rouge(texts, rows.references)}
+        columns = zip(KINDS, zip(*rouge_of(rows.references, texts), strict=True), strict=True)
+        values |= {"gen_len": sum(map(len, texts)), **{kind: round(100 * statistics.fmean(scores), 4) for kind, scores in columns}}
     return values
 
 
@@ -249,7 +252,7 @@ def _baseline(accepted: Accepted, rows: Rows) -> dict[str, Any]:
 
 def _beside(scores: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """The baseline's scores, what share of them is reached, and whether that passes."""
-    from jobs.bench.rouge import KINDS
+    from pipeline.quality import KINDS
 
     shares = {kind: round(scores[kind] / baseline[kind], 4) if baseline[kind] else 1.0 for kind in KINDS}
     length_share = round(scores["tokens_per_sample"] / baseline["tokens_per_sample"], 4)
