@@ -132,6 +132,10 @@ class Supervisor:
         now = time.monotonic()
         return {slot.name: now - slot.since for slot in self._slots if slot.state == "starting"}
 
+    def given_up(self) -> dict[str, str]:
+        """Why, by the names of replicas that will not come up, or not again."""
+        return {slot.name: slot.message for slot in self._slots if slot.state == "failed"}
+
     def raise_if_hopeless(self) -> None:
         """Raises EngineStartError once every replica is given up."""
         if self._slots and all(slot.state == "failed" for slot in self._slots):

@@ -55,7 +55,6 @@ _MIN_LENGTH_SHARE = 0.9
 _WINDOW = "LoadGen's own, from its query to the last sample's completion"
 _PERCENTILES = ("50.00", "90.00", "95.00", "97.00", "99.00", "99.90")
 _SEEDS = ("qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed")
-_PRECISION = frozenset({"quantization", "kv_cache_dtype"})
 _BLOCK_BYTES = 1 << 22
 
 
@@ -89,30 +88,26 @@ def bench_offline(job: JobSpec, options: OfflineOptions, *, num_rows: int | None
             first, scored = _run("accuracy", replicas, rows, qps=1.0, min_duration_s=0.0, folder=logs / "accuracy")
             say(f"accuracy: {first.output_tokens_per_s:,.1f} output tokens/s in {first.elapsed_s:.1f} s")
             qps = options.target_qps or _QPS_MARGIN * first.rows / first.elapsed_s
-            timed, performance = _run(
-                "performance", replicas, rows, qps=qps, min_duration_s=options.min_duration_s, folder=logs / "performance"
-            )
-            say(f"performance: {performance.detail['result_tokens_per_second']} output tokens/s in {timed.elapsed_s:.1f} s")
+            timed, said = _run("performance", replicas, rows, qps=qps, min_duration_s=options.min_duration_s, folder=logs / "performance")
+            say(f"performance: {said.detail['result_tokens_per_second']} output tokens/s in {timed.elapsed_s:.1f} s")
             setting = setting_of(accepted, next(iter(replicas.infos.values())), replicas.start_seconds)
-        accuracy = _scores([entry.token_ids for entry in sorted(scored.accuracy, key=lambda entry: entry.index)], rows)
+        scores = _scores([entry.token_ids for entry in sorted(scored.accuracy, key=lambda entry: entry.index)], rows)
         if baseline is not None:
             say(f"baseline: {options.baseline_model}")
-            accuracy |= _beside(accuracy, _baseline(*baseline))
+            scores |= _beside(scores, _baseline(*baseline))
         name = ", ".join(job.input.uris) + (f", first {num_rows} rows" if num_rows else "")
-        sample_set = {"name": name, "samples": len(rows.requests), "sha256": _sha256(accepted)}
-    test06 = check_test06(scored.accuracy, eos_ids_of(accepted.model))
+        offline = {
+            **summary_of(said, min_duration_s=options.min_duration_s, num_samples=len(rows.requests)),
+            "set": {"name": name, "samples": len(rows.requests), "sha256": _sha256(accepted)},
+            "order": "as LoadGen issued them, every mth to one replica; whole passes over the set",
+            "accuracy": scores,
+            "accuracy_elapsed_s": round(first.elapsed_s, 3),
+            "test06": check_test06(scored.accuracy, eos_ids_of(accepted.model)),
+            "logs": str(logs) if options.logs else None,
+        }
     # LoadGen counts no token of a sample that has one token only; the headline counts all that were generated in the same time.
-    measured = replace(Measured.of(timed), elapsed_s=timed.rows / performance.detail["result_samples_per_second"])
-    said = {
-        **summary_of(performance, min_duration_s=options.min_duration_s, num_samples=len(rows.requests)),
-        "set": sample_set,
-        "order": "as LoadGen issued them, every mth to one replica; whole passes over the set",
-        "accuracy": accuracy,
-        "test06": test06,
-        "accuracy_elapsed_s": round(first.elapsed_s, 3),
-        "logs": str(logs) if options.logs else None,
-    }
-    return BenchResult(mode="offline", rounds=(measured,), setting=setting, error_rows=rows.error_rows, window=_WINDOW, offline=said)
+    measured = replace(Measured.of(timed), elapsed_s=timed.rows / said.detail["result_samples_per_second"])
+    return BenchResult(mode="offline", rounds=(measured,), setting=setting, error_rows=rows.error_rows, window=_WINDOW, offline=offline)
 
 
 def summary_of(run: LoadGenRun, *, min_duration_s: float, num_samples: int) -> dict[str, Any]:
@@ -226,12 +221,8 @@ def _scores(token_ids: Sequence[Sequence[int]], rows: Rows) -> dict[str, Any]:
 def _baseline_rows(accepted: Accepted, options: OfflineOptions, folder: Path) -> tuple[Accepted, Rows]:
     """The same rows for the other model, unquantised, in float32 where a CPU computes. Raises JobError before anything starts."""
     job = accepted.job
-    options_of_engine = dict(job.engine.options)
-    if job.engine.kind == "vllm":
-        options_of_engine = {name: value for name, value in options_of_engine.items() if name not in _PRECISION}
-        options_of_engine["dtype"] = "auto" if this_machine().num_gpus else "float32"
-    engine = job.engine.model_copy(update={"options": options_of_engine})
-    other = job.model_copy(update={"model": options.baseline_model, "engine": engine})
+    plain = {"quantization": None, "kv_cache_dtype": "auto", "dtype": "auto" if this_machine().num_gpus else "float32"}
+    other = with_engine(job, options=plain if job.engine.kind == "vllm" else None).model_copy(update={"model": options.baseline_model})
     found = accept_for_bench(other, folder / "baseline")
     if found.model.tokenizer_digest != accepted.model.tokenizer_digest:
         raise JobError(

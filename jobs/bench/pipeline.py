@@ -41,6 +41,7 @@ from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import Request
 from schemas.completions import COMPLETION_TOKENS
 from schemas.errors import EngineDead
+from schemas.errors import EngineStartError
 from schemas.errors import JobError
 from schemas.errors import UnitError
 from schemas.job import JobSpec
@@ -99,6 +100,8 @@ def as_long(requests: Sequence[Request], lengths: Sequence[int]) -> list[Request
 
 def _wait_until_up(cluster: LocalCluster) -> None:
     while len(cluster.replicas()) < cluster.num_replicas:
+        if reasons := cluster.given_up():
+            raise EngineStartError("; ".join(f"replica {name}: {why}" for name, why in reasons.items()))
         time.sleep(_POLL_S)
 
 

@@ -111,6 +111,10 @@ class LocalCluster:
     def loading_seconds(self) -> dict[str, float]:
         return self._supervisor.loading_seconds()
 
+    def given_up(self) -> dict[str, str]:
+        """Why, by the names of replicas that will not come up, or not again."""
+        return self._supervisor.given_up()
+
     def evict(self) -> None:
         self._supervisor.evict()
 
