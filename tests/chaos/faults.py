@@ -37,7 +37,7 @@ PURE = frozenset({"absolute", "check_can_create", "commit_as", "join", "scheme_o
 """Public functions of storage that touch no store."""
 COMPOSITE = frozenset({"exists", "probe"})
 """Made of the others, whose calls are counted."""
-_UNIQUE = re.compile(r"[0-9a-f]{32}")
+_UNIQUE = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}|[0-9a-f]{32}")  # runs; segments
 
 
 class Injected(OSError):
