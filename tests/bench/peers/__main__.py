@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -60,6 +61,7 @@ _MAX_TOKENS = 128
 
 def main() -> int:
     options = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the side that runs is ended too
     setting: Setting = "same-engine" if options.same_engine else "defaults"
     names = options.peers.split(",")
     unknown = sorted(set(names) - PEERS.keys())
