@@ -27,6 +27,7 @@ from pipeline import storage
 from pipeline.engine.engine import Request
 from pipeline.model import Model
 from pipeline.model import resolve_model
+from pipeline.prepared import other_precisions
 from pipeline.profile import Machine
 from pipeline.profile import asked_options
 from pipeline.profile import load_profile
@@ -110,7 +111,8 @@ def tune(
     if job.engine.kind != "vllm":
         raise JobError(f"engine.kind: found {job.engine.kind}; tune measures a real engine: vllm")
     storage.use(job.storage)
-    models = _models(job.model, prepared)
+    model = resolve_model(job.model)
+    models = [model, *other_precisions(model, list(prepared))]
     machine = this_machine()
     base = load_profile(job.engine.profile, machine)
     options = asked_options(job.engine)
@@ -173,19 +175,6 @@ def search(
             return step.skipped + 1, False
         journal.add(step.next, outcome)
         say(f"{result_words(outcome, best)}  {describe(step.next)}")
-
-
-def _models(name: str, prepared: Sequence[str]) -> list[Model]:
-    """The job's model, then the same in other precisions. Raises JobError where one is not, or has not passed its gate."""
-    model = resolve_model(name)
-    models = [model]
-    for folder in prepared:
-        other = resolve_model(folder)
-        if (other.tokenizer_digest, other.template_digest) != (model.tokenizer_digest, model.template_digest):
-            raise JobError(f"--prepared {folder}: its tokenizer or chat template is not that of {name}; prepare it from this model")
-        if other.weights_digest not in {known.weights_digest for known in models}:
-            models.append(other)
-    return models
 
 
 def _conclude(

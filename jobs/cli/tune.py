@@ -50,7 +50,7 @@ class _Show:
 @job_options
 @click.option("--budget", default="10m", show_default=True, help="Time for the search, engine starts included: 90s, 10m or 1h.")
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each trial; by default as many as the budget allows.")
-@click.option("--prepared", multiple=True, help="The same model in another precision, as `tokenmill model prepare` made it; repeatable.")
+@click.option("--prepared", multiple=True, help="A checkpoint that `tokenmill model prepare` made; those in the cache are tried anyway.")
 @click.option("--kv-cache-dtype", "kv_cache_dtypes", multiple=True, help="Also try a less precise KV cache, such as fp8; repeatable.")
 @click.option("--fresh", is_flag=True, help="Measure again what an earlier search of the same measured.")
 @click.option("--show", "shown", is_flag=True, help="Say what was tuned for this model and node, and do nothing else.")

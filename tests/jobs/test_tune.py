@@ -309,14 +309,6 @@ def test_the_simulated_engine_is_not_tuned(make_job: MakeJob) -> None:
         tune(make_job(), budget_s=1.0, show=Silent())
 
 
-def test_a_checkpoint_with_another_tokenizer_is_no_other_precision(make_job: MakeJob, tmp_path: Path, tiny_model: Path) -> None:
-    from tests.conftest import build_tiny_model
-
-    other = build_tiny_model(tmp_path / "other", template=False)
-    with pytest.raises(JobError, match="its tokenizer or chat template is not that of"):
-        tune(vllm_job(make_job), budget_s=1.0, prepared=[str(other)], show=Silent())
-
-
 def test_tuned_settings_are_shown_and_forgotten(tiny_model: Path) -> None:
     runner = CliRunner()
     assert "nothing was tuned" in runner.invoke(main, ["tune", "--model", str(tiny_model), "--show"]).output
