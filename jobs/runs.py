@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from jobs.accept import Accepted
 from jobs.driver import Driver
 from jobs.driver import Progress
+from jobs.status import STALE_AFTER_S
 from pipeline import storage
 from pipeline.versions import versions
 from schemas import layout
@@ -100,8 +101,11 @@ def keep_last_word(out_uri: str, fingerprint: str) -> None:
             return  # another driver had the same thought
 
 
-def last_word(out_uri: str, fingerprint: str) -> RunAccount | None:
-    """What the driver that spoke last had to account for, as if its run had ended with that; None where nothing can be understood."""
+def last_word(out_uri: str, fingerprint: str, *, now: float | None = None) -> RunAccount | None:
+    """What the driver that spoke last had to account for; None where nothing can be understood.
+
+    As if its run had ended with that; given `now` (Unix seconds), so only where it should have spoken again since.
+    """
     try:
         said = json.loads(storage.read_bytes(storage.join(out_uri, layout.STATUS)))
         account = RunAccount.model_validate_json(json.dumps(said["account"]))
@@ -109,11 +113,13 @@ def last_word(out_uri: str, fingerprint: str) -> RunAccount | None:
         return None
     if account.fingerprint != fingerprint or not _RUN.fullmatch(account.run):
         return None
-    return account.model_copy(update={"whole": False, "replicas": tuple(map(_ended, account.replicas))})
+    goes_on = now is not None and account.state in ("starting", "running", "draining") and now - account.ended_at < STALE_AFTER_S
+    return account.model_copy(update={"whole": False, "replicas": tuple(_ended(replica, goes_on) for replica in account.replicas)})
 
 
-def _ended(replica: ReplicaAccount) -> ReplicaAccount:
-    return replica.model_copy(update={"seconds": replica.seconds_if_over or replica.seconds, "seconds_if_over": None})
+def _ended(replica: ReplicaAccount, goes_on: bool) -> ReplicaAccount:
+    seconds = replica.seconds if goes_on else replica.seconds_if_over or replica.seconds
+    return replica.model_copy(update={"seconds": seconds, "seconds_if_over": None})
 
 
 def read_runs(out_uri: str, fingerprint: str) -> tuple[list[RunAccount], list[str]]:
@@ -136,7 +142,7 @@ def read_runs(out_uri: str, fingerprint: str) -> tuple[list[RunAccount], list[st
             problems.append(f"{where} says that it is of run {account.run[:40]}, and is left out")
         else:
             accounts[run] = account
-    last = last_word(out_uri, fingerprint)
+    last = last_word(out_uri, fingerprint, now=time.time())
     if last is not None and last.run not in accounts:
         accounts[last.run] = last
     return sorted(accounts.values(), key=lambda account: (account.began_at, account.run)), problems

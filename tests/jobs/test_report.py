@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,15 @@ def test_a_run_that_died_is_reported_by_its_last_word(died: Path) -> None:
     assert (only.seconds["busy"], only.seconds_if_over) == (0.0, None)  # as if it had ended with that
     assert only.seconds["lost"] > 0
     assert len(found.unknown) == 1
+
+
+@pytest.mark.parametrize(("state", "age_s", "as_if_over"), [("running", 5.0, False), ("running", 90.0, True), ("complete", 5.0, True)])
+def test_a_run_that_goes_on_is_not_reported_as_if_it_had_ended(died: Path, state: str, age_s: float, as_if_over: bool) -> None:
+    said = status(died)
+    said["account"] |= {"state": state, "ended_at": time.time() - age_s}
+    (died / layout.STATUS).write_text(json.dumps(said))
+    (only,) = report(str(died)).runs[0].replicas
+    assert (only.seconds["lost"] > 0) is as_if_over
 
 
 def test_the_next_run_keeps_the_last_word_of_one_that_died(died: Path, make_job: MakeJob) -> None:
