@@ -259,6 +259,8 @@ class Supervisor:
         config = replace(slot.spec.config, spawned_at=time.monotonic())
         config.clear()
         config.save()
+        if slot.process is not None and slot.process.stdin is not None:
+            slot.process.stdin.close()
         with config.log_path.open("ab") as log:
             slot.process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.worker", str(config.config_path)],
