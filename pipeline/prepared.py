@@ -44,10 +44,7 @@ def why_not(other: Model, model: Model) -> str | None:
         return f"{path} is missing, expected a checkpoint as `tokenmill model prepare` makes it"
     except ValidationError as error:
         return f"{path}: {describe_validation(error)}"
-    if prepared.source != model.digests or (other.tokenizer_digest, other.template_digest) != (
-        model.tokenizer_digest,
-        model.template_digest,
-    ):
+    if prepared.source != model.digests or {**other.digests, "weights": model.weights_digest} != model.digests:
         return f"it was not prepared from {model.path}; run `tokenmill model prepare` on this model"
     if prepared.gate is None:
         return "its quality gate was left out; run `tokenmill model prepare` with it"
