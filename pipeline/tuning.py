@@ -395,10 +395,14 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
                 winner = candidate
         return winner
 
+    # Replicas first: threads that wait for each other suffer from whatever else runs, and would make a good dtype look bad.
+    first = best.model
+    best = yield from _climb(best, _cuts(space, best), ask)
     dtypes: list[dict[str, Any]] = [{"dtype": name} for name in space.dtypes] or [{}]
     models = (*space.models[1:], *space.models[:1])
     best = yield from best_among([_on(space, best, model).but(**dtype) for model in models for dtype in dtypes])
-    best = yield from _climb(best, [best.but(replicas=replicas, **options) for replicas, options in space.cuts_of(best.model)], ask)
+    if space.cuts_of(best.model) != space.cuts_of(first):
+        best = yield from _climb(best, _cuts(space, best), ask)
     early: list[Mapping[str, Any]] = (
         [{"enforce_eager": False}] if best.get("enforce_eager") and defaults_rate > _NEARLY * rates[best.key] else []
     )
@@ -414,10 +418,14 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
     return best
 
 
+def _cuts(space: Space, setting: Setting) -> list[Setting]:
+    return [setting.but(replicas=replicas, **options) for replicas, options in space.cuts_of(setting.model)]
+
+
 def _on(space: Space, setting: Setting, model: str) -> Setting:
     """The setting with another model; cut otherwise where this one needs more devices, or can do with fewer."""
-    cuts = [setting.but(model=model, replicas=replicas, **options) for replicas, options in space.cuts_of(model)]
     moved = setting.but(model=model)
+    cuts = _cuts(space, moved)
     return moved if moved in cuts or not cuts else cuts[-1]
 
 
