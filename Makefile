@@ -38,5 +38,5 @@ long: setup       ## minutes of chaos: a storm of signals, a faulty store, netwo
 
 constraints: setup  ## renew the pinned versions
 	.venv/bin/uv pip compile --quiet --python-version 3.11 --override .ci/overrides.txt \
-		--extra cpu --extra demo --extra bench --extra dashboard --extra dev --no-header --no-annotate \
+		--extra cpu --extra demo --extra bench --extra prepare --extra dashboard --extra dev --no-header --no-annotate \
 		pyproject.toml --output-file .ci/constraints.txt

@@ -1,0 +1,230 @@
+"""`tokenmill model prepare` on a tiny Llama: stored once, judged by the real engine, refused where it must be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import uuid
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import main
+from jobs.prepare import Order
+from jobs.prepare import _check_room
+from jobs.prepare import _upload
+from jobs.prepare import choose_precision
+from jobs.prepare import prepare
+from pipeline import storage
+from pipeline.model import resolve_model
+from pipeline.profile import Machine
+from schemas.errors import ForeignOutput
+from schemas.errors import JobError
+from schemas.prepared import PREPARED_FILE
+from schemas.prepared import Bar
+from schemas.prepared import Prepared
+from tests.commands import Command
+
+CPU = Machine(cores=2, memory_bytes=8 << 30)
+GPU = Machine(cores=8, memory_bytes=64 << 30, num_gpus=1)
+
+
+def quiet(_: str) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture
+def order(tiny_model: Path, write_table: Callable[..., Path], tmp_path: Path) -> Order:
+    table = write_table([{"prompt": f"what is {row} and {row}", "answer": f"it is {2 * row}"} for row in range(24)])
+    return Order(
+        model=str(tiny_model),
+        table=str(table),
+        prompt="prompt",
+        reference="answer",
+        precision="int8",
+        output=str(tmp_path / "models"),
+        max_tokens=8,
+        gate=False,
+    )
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+
+
+@pytest.mark.parametrize(
+    ("machine", "gpus", "expected"),
+    [
+        (CPU, [], "int8"),
+        (GPU, ["Model: NVIDIA H100 80GB HBM3"], "fp8"),
+        (GPU, ["Model: NVIDIA H200"], "fp8"),
+        (GPU, [], "fp8"),  # AMD's are not listed there
+        (GPU, ["Model: NVIDIA GB200"], "nvfp4"),
+        (GPU, ["Model: NVIDIA GB300"], "nvfp4"),
+    ],
+)
+def test_auto_is_what_the_machine_computes_fastest_in(machine: Machine, gpus: list[str], expected: str) -> None:
+    assert choose_precision("auto", machine, gpus) == expected
+
+
+def test_what_is_asked_for_wins() -> None:
+    assert choose_precision("nvfp4", CPU, []) == "nvfp4"
+
+
+def test_an_unknown_precision_is_refused_with_those_there_are() -> None:
+    with pytest.raises(JobError, match="--precision: found 'int3'; allowed are auto, int8, fp8, nvfp4"):
+        choose_precision("int3", CPU, [])
+
+
+def test_a_model_that_memory_cannot_hold_is_refused(tiny_model: Path) -> None:
+    model = replace(resolve_model(str(tiny_model)), weights_bytes=140 << 30)
+    with pytest.raises(JobError, match=r"preparing 150.3 GB of weights takes about 301.7 GB of memory, this machine has 8.6 GB"):
+        _check_room(model, CPU)
+
+
+def test_a_model_that_is_quantised_already_is_refused(order: Order, tiny_model: Path, tmp_path: Path) -> None:
+    quantised = tmp_path / "quantised"
+    shutil.copytree(tiny_model, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(JobError, match=r"is quantised already \(config.json, quantization_config: gptq\)"):
+        prepare(replace(order, model=str(quantised)), quiet)
+
+
+def test_what_no_engine_here_computes_is_not_judged_in_secret(order: Order) -> None:
+    with pytest.raises(JobError, match=r"no engine on this machine computes in it.*--no-gate"):
+        prepare(replace(order, precision="nvfp4", gate=True), quiet)
+
+
+@pytest.fixture
+def stored() -> Iterator[str]:
+    """A folder in memory."""
+    uri = f"memory://prepared-{uuid.uuid4().hex}"
+    yield uri
+    for name in storage.list_names(uri):
+        storage.remove(storage.join(uri, name))
+
+
+def test_config_comes_last_so_that_half_a_checkpoint_resolves_nowhere(tiny_model: Path, stored: str) -> None:
+    lines: list[str] = []
+    _upload(tiny_model, stored, lines.append)
+    assert lines[-1].startswith(f"stored {stored}/config.json")
+    assert storage.list_names(stored) == {file.name: file.stat().st_size for file in tiny_model.iterdir()}
+    assert resolve_model(stored).digests == resolve_model(str(tiny_model)).digests
+
+
+def test_what_was_stored_is_left_as_it_is_and_what_differs_is_refused(tiny_model: Path, stored: str) -> None:
+    storage.create_once(storage.join(stored, "config.json"), (tiny_model / "config.json").read_bytes())
+    lines: list[str] = []
+    _upload(tiny_model, stored, lines.append)
+    assert not any("config.json (" in line and line.startswith(f"stored {stored}/config") for line in lines)
+    storage.replace(storage.join(stored, "tokenizer.json"), b"another")
+    with pytest.raises(ForeignOutput, match=r"tokenizer\.json is there with another content"):
+        _upload(tiny_model, stored, quiet)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "int3"], "tokenmill: --precision: found 'int3'"),
+        (["--reference", "gold"], "tokenmill: --reference: the table has no column 'gold'"),
+        (["--rows", "30"], "tokenmill: --rows 30: the table has 24 usable rows"),
+    ],
+)
+def test_the_command_refuses_a_wrong_order_with_exit_code_two(order: Order, arguments: list[str], message: str) -> None:
+    usual = ["--table", str(order.table), "--prompt", "prompt", "--reference", "answer", "--no-gate"]
+    done = CliRunner().invoke(main, ["model", "prepare", order.model, *usual, *arguments])
+    assert (done.exit_code, done.stderr.startswith(message)) == (2, True), done.stderr
+
+
+@pytest.mark.engine  # torch, in processes of its own
+@pytest.mark.parametrize("precision", ["int8", "fp8", "nvfp4"])
+def test_a_checkpoint_is_stored_once_with_its_provenance(order: Order, precision: str) -> None:
+    lines: list[str] = []
+    asked = replace(order, precision=precision)
+    first = prepare(asked, lines.append)
+    assert first.uri is not None
+    folder = Path(first.uri)
+    assert visible(folder.parent) == [folder.name]
+    found = Prepared.model_validate_json((folder / PREPARED_FILE).read_bytes())
+    assert found == first.prepared
+    assert folder.name.endswith(f"-{precision}-{found.digest[:12]}")
+    assert (found.source, found.gate) == (resolve_model(order.model).digests, None)
+    model = resolve_model(first.uri)
+    assert (model.tokenizer_digest, model.template_digest) == (found.source["tokenizer"], found.source["chat_template"])
+    again = prepare(asked, lines.append)
+    assert (again.uri, again.existed, again.prepared) == (first.uri, True, found)
+    assert sum("writing the checkpoint" in line for line in lines) == 1
+    if precision == "int8":  # the others are refused before anything is looked for: no engine here could judge them
+        with pytest.raises(JobError, match="was made without the gate"):
+            prepare(replace(asked, gate=True), quiet)
+
+
+@pytest.mark.engine
+def test_a_folder_of_that_name_that_is_none_of_ours_is_not_touched(order: Order) -> None:
+    made = prepare(order, quiet)
+    folder = Path(made.uri or "")
+    (folder / PREPARED_FILE).write_text("{}")
+    with pytest.raises(ForeignOutput, match="is no prepared checkpoint"):
+        prepare(order, quiet)
+    assert (folder / PREPARED_FILE).read_text() == "{}"
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(300)
+def test_the_gate_asks_the_real_engine(order: Order) -> None:
+    """Random weights: every token is about as likely as any other, before and after."""
+    lines: list[str] = []
+    made = prepare(replace(order, gate=True, bar=Bar(max_perplexity_ratio=1.1, min_rouge_ratio=0)), lines.append)
+    gate = made.prepared.gate
+    assert made.uri is not None
+    assert gate is not None
+    assert (gate.rows, gate.lowered, gate.passed) == (18, True, True)
+    assert 100 < gate.perplexity_before < 2000
+    assert 0.9 < gate.perplexity_ratio < 1.1
+    assert gate.engine.startswith("vllm")
+    assert {line.split(":")[0] for line in lines if "starting the engine" in line} == {"unquantised", "int8"}
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(200)
+def test_a_kill_leaves_nothing_that_could_be_taken_for_a_checkpoint(order: Order, tmp_path: Path) -> None:
+    models = Path(str(order.output))
+    arguments = ["model", "prepare", order.model, "--precision", "int8", "--table", str(order.table), "--prompt", "prompt"]
+    arguments += ["--reference", "answer", "--output", str(models), "--no-gate"]
+    first = Command(tmp_path / "log", *arguments)
+    try:
+        first.wait_for("calibrating")
+        first.send(signal.SIGKILL)
+    finally:
+        first.kill()
+    assert visible(models) == []
+    second = Command(tmp_path / "log", *arguments)
+    try:
+        assert second.end() == 0, second.log
+    finally:
+        second.kill()
+    (made,) = visible(models)
+    assert resolve_model(str(models / made)).weights_bytes > 0
+    assert not list(models.glob(".*.partial"))
+
+
+@pytest.mark.chaos
+def test_a_full_disk_is_said_and_leaves_nothing(order: Order, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(JobError, match="make room"):
+            prepare(replace(order, output=str(small)), quiet)
+        assert visible(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
