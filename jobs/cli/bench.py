@@ -68,7 +68,7 @@ def engine(job: JobSpec, num_rows: int | None, rounds: int) -> BenchResult:
 @bench.command()
 @_bench_options
 @_rounds
-@click.option("--no-raw", is_flag=True, help="The pipeline alone, ordering as in the job.")
+@click.option("--no-raw", is_flag=True, help="The pipeline alone, ordering as in the job; fresh replicas each round.")
 def pipeline(job: JobSpec, num_rows: int | None, rounds: int, no_raw: bool) -> BenchResult:
     """Parquet to Parquet, and the share of the raw engine that it reaches, in turn on the same warm replicas.
 

@@ -81,6 +81,13 @@ def test_the_pipeline_alone_keeps_the_jobs_ordering(arguments: list[str]) -> Non
     assert data["settings"]["ordering"] == "auto"
 
 
+def test_rounds_that_may_copy_rows_start_with_fresh_replicas(arguments: list[str]) -> None:
+    """The second round would be answered from the first one's completions."""
+    data = bench("pipeline", *arguments, *_SIMULATED, "--rounds", "2", "--no-raw")
+    assert data["rounds"][0]["total_output_tokens"] == data["rounds"][1]["total_output_tokens"]
+    assert sum(replica["num_requests"] for replica in data["per_replica"]["replicas"]) == 39
+
+
 def test_loadgen_issues_every_sample_in_whole_passes_and_its_verdict_is_handed_on(arguments: list[str], tmp_path: Path) -> None:
     logs, longer = tmp_path / "logs", ["--set", "sampling.min_tokens=2"]  # LoadGen counts nothing of a sample with one token
     data = bench("offline", *arguments, *_SIMULATED, "--min-duration", "1", "--reference", "answer", "--logs", str(logs), *longer)
