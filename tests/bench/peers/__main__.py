@@ -198,7 +198,7 @@ def _result(
 
 
 def _print(result: dict[str, Any], found: dict[str, list[Round]]) -> None:
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
     table = Table(title=f"{result['setting']}: {result['num_requests']} rows, at most {result['max_tokens']} tokens, greedy")
     for column in ("peer", "round", "ours s", "theirs s", "theirs / ours", "ours tok/s", "theirs tok/s", "ours / theirs", "same text"):
         table.add_column(column, justify="left" if column == "peer" else "right")

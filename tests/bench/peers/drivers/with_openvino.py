@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import arguments
 import openvino_genai
@@ -39,6 +40,7 @@ results = pipeline.generate(ids, [config] * len(ids))
 seconds = time.perf_counter() - began
 
 tokens = [list(result.m_generation_ids[0]) for result in results]
+Path(options.output).mkdir(parents=True)
 texts = [pipeline.get_tokenizer().decode(one) for one in tokens]
 pq.write_table(
     pa.table({"id": table.column("id"), "completion": texts, "num_tokens": [len(one) for one in tokens]}), f"{options.output}/00.parquet"
