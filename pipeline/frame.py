@@ -55,7 +55,7 @@ class _Watched(str):
     def __radd__(self, other: str) -> str:
         return _Watched.of(str.__add__(other, self), self.touched, self.stripped, whole=False)
 
-    def strip(self, chars: str | None = None) -> str:  # type: ignore[override]
+    def strip(self, chars: str | None = None) -> str:
         if chars is not None or not self.whole:
             self.touched.append("strip")
         self.stripped.append(True)
