@@ -233,7 +233,13 @@ def statistics_of(replicas: Sequence[ReplicaAccount]) -> dict[str, dict[str, flo
     return {column: {name: round(_STATISTIC[name](values), 3) for name in STATISTICS} for column, values in columns.items() if values}
 
 
-_STATISTIC: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "mean": statistics.mean, "median": statistics.median, "sum": sum}
+_STATISTIC: dict[str, Callable[[list[float]], float]] = {
+    "min": min,
+    "max": max,
+    "mean": statistics.mean,
+    "median": statistics.median,
+    "sum": sum,
+}
 
 
 def per_second(number: float, seconds: float) -> float:
