@@ -23,6 +23,7 @@ from schemas.job import parse_job
 _JUDGED_ROWS = 128
 _CALIBRATION_ROWS = 32
 _LEAST_ROWS = 16
+_LEAST_CALIBRATION_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +42,10 @@ def split_rows(rows: list[Row], asked: int | None) -> tuple[list[Row], list[Row]
             f"--table: {len(rows)} rows have a prompt and a reference that fit the model, expected {_LEAST_ROWS} at least; "
             "give a larger table"
         )
-    calibrating = min(_CALIBRATION_ROWS, len(rows) // 4)
-    if asked is not None and asked > len(rows) - calibrating:
-        raise JobError(f"--rows {asked}: the table has {len(rows)} usable rows, and {calibrating} are needed to calibrate")
-    judging = asked or min(_JUDGED_ROWS, len(rows) - calibrating)
+    judging = asked or min(_JUDGED_ROWS, len(rows) - min(_CALIBRATION_ROWS, len(rows) // 4))
+    calibrating = min(_CALIBRATION_ROWS, len(rows) - judging)
+    if calibrating < _LEAST_CALIBRATION_ROWS:
+        raise JobError(f"--rows {asked}: the table has {len(rows)} usable rows, and {_LEAST_CALIBRATION_ROWS} more are needed to calibrate")
     return rows[:judging], rows[judging : judging + calibrating]
 
 

@@ -38,11 +38,11 @@ def test_a_small_table_keeps_a_quarter_to_calibrate() -> None:
 
 def test_as_many_rows_judge_as_are_asked_for() -> None:
     judges, calibration = split_rows(rows(100), 40)
-    assert (len(judges), len(calibration)) == (40, 25)
+    assert (len(judges), len(calibration)) == (40, 32)
 
 
 def test_more_judges_than_there_are_rows_are_refused() -> None:
-    with pytest.raises(JobError, match="--rows 17: the table has 20 usable rows, and 5 are needed to calibrate"):
+    with pytest.raises(JobError, match="--rows 17: the table has 20 usable rows, and 4 more are needed to calibrate"):
         split_rows(rows(20), 17)
 
 
