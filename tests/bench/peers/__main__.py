@@ -73,7 +73,7 @@ def main() -> int:
     rows = read_rows(options.data, options.rows)
     plain, tuned = resolve_model(options.model).path, resolve_model(options.tuned_model or options.model).path
     theirs_model = tuned if setting == "same-engine" else plain
-    plan = cut_machine(EngineSpec(profile="local-cpu", options=options.engine), resolve_model(tuned), replicas=1)
+    plan = cut_machine(EngineSpec(profile="local-cpu", ordering="off", options=options.engine), resolve_model(tuned), replicas=1)
     tokenizer = load_tokenizer(plain)
     work = Path(tempfile.mkdtemp(prefix="tokenmill-peers-"))
     found: dict[str, list[Round]] = {}
