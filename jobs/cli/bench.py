@@ -25,6 +25,10 @@ def bench() -> None:
     """Measure engines, the whole pipeline, or LoadGen's Offline scenario on a job's rows. Writes nothing to the job's output.
 
     Output tokens/s count generated tokens only, total tokens/s prompt and generated tokens.
+
+    \b
+    Example:
+      tokenmill bench engine job.yaml
     """
 
 

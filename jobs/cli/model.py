@@ -13,7 +13,12 @@ from jobs.cli.group import storage_option
 
 @main.group()
 def model() -> None:
-    """Checkpoints: make one faster."""
+    """Checkpoints: make one faster.
+
+    \b
+    Example:
+      tokenmill model prepare demo --table t.parquet --prompt question --reference answer
+    """
 
 
 @model.command()
