@@ -1,7 +1,8 @@
 """Ray Data LLM as its guide shows it: read_parquet, build_processor, write_parquet.
 
 From the guide's quick start (Ray's documentation, "Working with LLMs"): concurrency=1, batch_size=32. All else is Ray's default,
-its stages too (without those that tokenise and decode, 16 rows took 118 s instead of 121 on a busy machine), but for what a machine without a GPU needs:
+its stages too (without those that tokenise and decode, 16 rows took 118 s instead of 121 on a busy machine), but for what a
+machine without a GPU needs:
 * placement_group_config: without one the engine asks for one GPU, and waits for it for ever.
 * num_cpus: Ray counts an actor as one CPU. Four stages and the tasks that read and write do not fit into two cores' count, and would wait
   for ever; the number is Ray's bookkeeping and limits no thread.
