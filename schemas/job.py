@@ -150,6 +150,12 @@ class EngineSpec(Frozen):
     """auto: the longest rows of those that wait go first, equal beginnings stay together, and of identical greedy rows one is
     generated and the others are copied. off: rows are generated one and all, in input order. Output order is always the input's."""
 
+    @field_validator("ordering", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, ordering: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if ordering is False else ordering
+
     @field_validator("options")
     @classmethod
     def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,14 @@ def test_copied_rows_are_counted_in_every_report(make_job: Callable[..., JobSpec
     assert sum(manifest.column("copied_rows").to_pylist()) == _ROWS // 2
 
 
+def test_off_means_off_also_where_yaml_takes_it_for_false(make_job: Callable[..., JobSpec]) -> None:
+    assert make_job(engine={"ordering": False}).engine.ordering == "off"
+
+
 def test_an_ordering_that_there_is_not_is_refused(make_job: Callable[..., JobSpec]) -> None:
     from schemas.errors import JobError
 
     with pytest.raises(JobError, match=r"engine\.ordering"):
         make_job(engine={"ordering": "longest"})
+    with pytest.raises(JobError, match=r"engine\.ordering"):
+        make_job(engine={"ordering": True})
