@@ -100,7 +100,7 @@ def accept(job: JobSpec) -> Accepted:
     inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/")]
     if inside:
         raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
-    numerics = stored_numerics(stored) if stored else _numerics(_cut(job, model, {}), job)
+    numerics = stored_numerics(stored) if stored else _numerics(_cut(job, model, {}, plan.num_rows), job)
     record = make_record(job, plan, schema, model, numerics)
     if stored is not None and stored_plan is None and record.fingerprint != stored.fingerprint and not list_parts(out_uri, "")[1]:
         raise JobError(
@@ -120,14 +120,14 @@ def accept(job: JobSpec) -> Accepted:
         raise JobError(
             f"output.uri: {out_uri} holds the {layout.SUCCESS} of something else, so readers would take it for finished; remove it"
         )
-    left = any(unit.index not in done for unit in plan.units)
+    left = sum(unit.num_rows for unit in plan.units if unit.index not in done)
     return Accepted(
         job=job,
         record=record,
         plan=plan,
         model=model,
         out_uri=out_uri,
-        cut=_cut(job, model, numerics) if left else None,
+        cut=_cut(job, model, numerics, left) if left else None,
         done=done,
         begun=stored is not None,
         new_objects=_new_objects(job, plan) if stored is not None else (),
@@ -135,10 +135,12 @@ def accept(job: JobSpec) -> Accepted:
     )
 
 
-def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any]) -> ReplicaPlan | None:
+def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any], rows: int) -> ReplicaPlan | None:
+    """For so many rows; None where the nodes of a cluster decide."""
     if job.cluster.kind == "address":
         return None
-    return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics)
+    most = rows * job.sampling.n * job.sampling.max_tokens
+    return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics, output_tokens=most)
 
 
 def _numerics(cut: ReplicaPlan | None, job: JobSpec) -> dict[str, Any]:

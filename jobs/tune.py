@@ -45,6 +45,7 @@ from pipeline.tuning import next_trial
 from pipeline.tuning import parse_key
 from pipeline.tuning import profile_of
 from pipeline.tuning import shared_share
+from pipeline.tuning import sooner_of
 from pipeline.tuning import space_for
 from schemas.errors import EngineStartError
 from schemas.errors import JobError
@@ -203,11 +204,14 @@ def _conclude(
         setting = best if digest == best.model else best_of(outcomes, digest)
         if setting is None:
             continue
+        sooner = sooner_of(outcomes, setting)
         tuned = Tuned(
             weights=digest,
             node=node_kind(machine),
             engine=engine_package(),
             profile=profile_of(setting, base),
+            quick=profile_of(sooner[0], base) if sooner else None,
+            quick_below_tokens=sooner[1] if sooner else 0,
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
             rows=rows,
             output_tokens_per_s=outcomes[setting.key].output_tokens_per_s,

@@ -185,10 +185,18 @@ def asked_options(engine: EngineSpec) -> dict[str, Any]:
     return {**({"enable_prefix_caching": True} if engine.ordering == "auto" else {}), **engine.options}
 
 
-def cut_machine(engine: EngineSpec, model: Model, *, replicas: int | None, numerics: Mapping[str, Any] | None = None) -> ReplicaPlan:
+def cut_machine(
+    engine: EngineSpec,
+    model: Model,
+    *,
+    replicas: int | None,
+    numerics: Mapping[str, Any] | None = None,
+    output_tokens: int | None = None,
+) -> ReplicaPlan:
     """The replicas that this machine runs: as tuned, where the profile is auto and something was. Raises JobError.
 
     `numerics` are options that a job was begun with; they win over the profile's, as the job's own win over both.
+    `output_tokens` is the most that the job may generate: a small one is done sooner with engines that are up sooner.
     """
     # Rows that begin alike are kept together (engine.ordering), and then a prefix cache costs nothing to speak of.
     options = {**(numerics or {}), **asked_options(engine)}
@@ -199,7 +207,9 @@ def cut_machine(engine: EngineSpec, model: Model, *, replicas: int | None, numer
     tuned = find_tuned(model.weights_digest, node_kind(machine)) if engine.profile == "auto" else None
     if tuned is None:
         return plan_replicas(load_profile(engine.profile, machine), machine, model, replicas=replicas, options=options)
-    return replace(plan_replicas(tuned.profile, machine, model, replicas=replicas, options=options), found=_where_from(tuned))
+    quick = tuned.quick if output_tokens is not None and output_tokens < tuned.quick_below_tokens else None
+    plan = plan_replicas(quick or tuned.profile, machine, model, replicas=replicas, options=options)
+    return replace(plan, found=_where_from(tuned) + (", with those that are up sooner, for a small job" if quick else ""))
 
 
 def _where_from(tuned: Tuned) -> str:

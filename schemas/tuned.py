@@ -23,6 +23,10 @@ class Tuned(Frozen):
     engine: str
     """Package and version of the engine that it was found with; no other takes it."""
     profile: Profile
+    quick: Profile | None = None
+    """One that generates more slowly and is up sooner, for small jobs."""
+    quick_below_tokens: int = Field(default=0, ge=0)
+    """Output tokens below which that one is done first, its start included."""
     made_at: str
     rows: int = Field(ge=1)
     """Rows of the table that every trial ran."""

@@ -84,6 +84,17 @@ def test_a_run_with_profile_auto_takes_them_and_says_so(tiny_model: Path, monkey
     assert cut.found == f"engine settings as tuned for this model and node (2026-11-25, {times}); see tokenmill tune --show"
 
 
+def test_a_small_job_takes_what_is_up_sooner(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, machine = resolve_model(str(tiny_model)), replace(this_machine(), num_gpus=0)
+    monkeypatch.setattr("pipeline.profile.this_machine", lambda: machine)
+    tuned = make(model.weights_digest, node_kind(machine))
+    quick = tuned.profile.model_copy(update={"max_num_seqs": 9})
+    save_tuned(tuned.model_copy(update={"quick": quick, "quick_below_tokens": 1000}))
+    small, large, unknown = (cut_machine(EngineSpec(), model, replicas=None, output_tokens=tokens) for tokens in (999, 1000, None))
+    assert [cut.options["max_num_seqs"] for cut in (small, large, unknown)] == [9, 17, 17]
+    assert small.found.endswith("up sooner, for a small job")
+
+
 def test_what_the_job_says_wins_over_what_was_tuned(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, machine = resolve_model(str(tiny_model)), replace(this_machine(), num_gpus=0)
     monkeypatch.setattr("pipeline.profile.this_machine", lambda: machine)

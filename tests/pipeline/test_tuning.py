@@ -26,6 +26,7 @@ from pipeline.tuning import parse_key
 from pipeline.tuning import plan_of
 from pipeline.tuning import profile_of
 from pipeline.tuning import shared_share
+from pipeline.tuning import sooner_of
 from pipeline.tuning import space_for
 
 GB = 10**9
@@ -135,6 +136,20 @@ def test_a_setting_too_slow_for_the_time_left_gives_way_to_a_quicker_start() -> 
         outcomes[step.next.key] = Outcome(state="done", output_tokens_per_s=90.0, start_s=20.0, run_s=10.0)
     assert asked
     assert all(setting.replicas == 1 and setting.get("enforce_eager") for setting in asked)
+
+
+def test_a_setting_that_is_up_sooner_is_named_with_the_tokens_from_which_it_loses() -> None:
+    start = space().start
+    outcomes = {
+        start.key: Outcome(state="done", output_tokens_per_s=100.0, start_s=20.0),
+        start.but(enforce_eager=False).key: Outcome(state="done", output_tokens_per_s=200.0, start_s=80.0),
+        start.but(max_num_seqs=8).key: Outcome(state="done", output_tokens_per_s=50.0, start_s=20.0),
+        start.but(dtype="float64").key: Outcome(state="done", output_tokens_per_s=190.0, start_s=1.0),  # another output
+        start.but(max_num_seqs=9).key: Outcome(state="stopped", output_tokens_per_s=150.0, start_s=1.0),
+    }
+    # 20 s and 10 ms a token are 80 s and 5 ms a token after 12,000 of them.
+    assert sooner_of(outcomes, start.but(enforce_eager=False)) == (start, 12_000)
+    assert sooner_of(outcomes, start) is None
 
 
 def test_the_expected_time_counts_starts_replicas_and_compiling() -> None:
