@@ -33,8 +33,8 @@ engine: setup
 chaos: setup
 	.venv/bin/pytest -q -m "chaos and not long"
 
-long: setup       ## minutes of chaos: a storm of signals, a faulty store, networks cut between namespaces (as root)
-	.venv/bin/pytest -q --durations=3 tests/chaos/test_storm.py tests/chaos/test_faulty_store.py tests/chaos/test_partitions.py
+long: setup       ## minutes of chaos and of engines; networks cut between namespaces (as root)
+	.venv/bin/pytest -q --durations=10 -m long
 
 constraints: setup  ## renew the pinned versions
 	.venv/bin/uv pip compile --quiet --python-version 3.11 --override .ci/overrides.txt \

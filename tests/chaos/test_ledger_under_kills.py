@@ -18,7 +18,7 @@ from schemas.ledger import ReplicaAccount
 from schemas.ledger import RunAccount
 from tests.commands import Command
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 _START_S = 3.0
 _ROWS, _TOKENS = 480, 16

@@ -227,6 +227,7 @@ def test_an_engine_core_in_a_process_of_its_own_does_not_outlive_a_killed_worker
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_an_engine_core_that_is_killed_in_mid_job_costs_no_row(tiny_model: Path, tmp_path: Path, write_table: Callable[..., Path]) -> None:
     """In a process of its own, as on GPUs: the worker lives on without it, and must see that it is gone."""
     write_table([{"id": row, "prompt": f"question {row}"} for row in range(192)])

@@ -144,6 +144,7 @@ def test_the_command_refuses_a_wrong_order_with_exit_code_two(order: Order, argu
 
 
 @pytest.mark.engine  # torch, in processes of its own
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["int8", "fp8", "nvfp4"])
 def test_a_checkpoint_is_stored_once_with_its_provenance(order: Order, precision: str) -> None:
     lines: list[str] = []
@@ -167,6 +168,7 @@ def test_a_checkpoint_is_stored_once_with_its_provenance(order: Order, precision
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_folder_of_that_name_that_is_none_of_ours_is_not_touched(order: Order) -> None:
     made = prepare(order, quiet)
     folder = Path(made.uri or "")
@@ -177,6 +179,7 @@ def test_a_folder_of_that_name_that_is_none_of_ours_is_not_touched(order: Order)
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_gate_asks_the_real_engine(order: Order) -> None:
     """Random weights: every token is about as likely as any other, before and after."""

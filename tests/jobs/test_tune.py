@@ -346,6 +346,7 @@ def test_the_last_words_name_the_figure_and_the_model_to_run() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_search_with_real_engines_is_saved_and_taken_by_a_run(make_job: MakeJob, write_table: WriteTable, tiny_model: Path) -> None:
     write_table(table(24))
     options = {
