@@ -168,7 +168,12 @@ def test_a_replica_that_dies_is_an_error_with_its_cause(arguments: list[str], mo
 @pytest.mark.parametrize("mode", ["engine", "pipeline", "offline"])
 def test_ctrl_c_leaves_no_process(arguments: list[str], mode: str) -> None:
     slow = ["--engine", "simulated", "--set", "engine.options.decode_tokens_per_s=4"]
-    process = subprocess.Popen([sys.executable, "-m", "jobs.cli", "bench", mode, *arguments, *slow], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "bench", mode, *arguments, *slow],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored where a shell started pytest in the background
+    )
     try:
         assert process.stderr is not None
         process.stderr.readline()  # the first line comes when replicas are asked for, or up
