@@ -120,14 +120,14 @@ def accept(job: JobSpec) -> Accepted:
         raise JobError(
             f"output.uri: {out_uri} holds the {layout.SUCCESS} of something else, so readers would take it for finished; remove it"
         )
-    left = sum(unit.num_rows for unit in plan.units if unit.index not in done)
+    left = [unit.num_rows for unit in plan.units if unit.index not in done]
     return Accepted(
         job=job,
         record=record,
         plan=plan,
         model=model,
         out_uri=out_uri,
-        cut=_cut(job, model, numerics, left) if left else None,
+        cut=_cut(job, model, numerics, sum(left)) if left else None,
         done=done,
         begun=stored is not None,
         new_objects=_new_objects(job, plan) if stored is not None else (),
