@@ -446,6 +446,7 @@ def test_no_caller_hangs_whenever_the_core_dies() -> None:
                 return list(engine.generate(ask(row) for row in range(50)))
 
             assert [type(outcome) for outcome in in_threads(caller, caller, caller)] == [EngineDead] * 3
+            engine.close()
     finally:
         sys.setswitchinterval(interval)
 
