@@ -100,7 +100,8 @@ def accept(job: JobSpec) -> Accepted:
     inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/")]
     if inside:
         raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
-    numerics = stored_numerics(stored) if stored else _numerics(_cut(job, model, {}, plan.num_rows), job)
+    first_cut = None if stored else _cut(job, model, {}, plan.num_rows)
+    numerics = stored_numerics(stored) if stored else _numerics(first_cut, job)
     record = make_record(job, plan, schema, model, numerics)
     if stored is not None and stored_plan is None and record.fingerprint != stored.fingerprint and not list_parts(out_uri, "")[1]:
         raise JobError(
@@ -121,13 +122,19 @@ def accept(job: JobSpec) -> Accepted:
             f"output.uri: {out_uri} holds the {layout.SUCCESS} of something else, so readers would take it for finished; remove it"
         )
     left = [unit.num_rows for unit in plan.units if unit.index not in done]
+    if not left:
+        cut = None
+    elif first_cut is not None and not done:
+        cut = first_cut  # looking at the machine takes a while where it has GPUs
+    else:
+        cut = _cut(job, model, numerics, sum(left))
     return Accepted(
         job=job,
         record=record,
         plan=plan,
         model=model,
         out_uri=out_uri,
-        cut=_cut(job, model, numerics, sum(left)) if left else None,
+        cut=cut,
         done=done,
         begun=stored is not None,
         new_objects=_new_objects(job, plan) if stored is not None else (),

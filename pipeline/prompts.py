@@ -140,7 +140,7 @@ def _contents(batch: pa.RecordBatch, spec: InputSpec) -> Callable[[int], Content
                     if value is None:
                         raise _BadRow("empty_prompt", f"column {name!r} is null, and the template needs it")
                     text += str(_readable(value, f"column {name!r}"))
-            return _with_system(_checked(text, "the filled template"), spec)
+            return with_system(_checked(text, "the filled template"), spec)
 
         return fill
     column = source.messages if isinstance(source, PromptMessages) else source.column
@@ -151,7 +151,7 @@ def _contents(batch: pa.RecordBatch, spec: InputSpec) -> Callable[[int], Content
     def text(row: int) -> Content:
         if rows[row] is None:
             raise _BadRow("empty_prompt", f"column {column!r} is null")
-        return _with_system(_checked(_readable(rows[row], f"column {column!r}"), f"column {column!r}"), spec)
+        return with_system(_checked(_readable(rows[row], f"column {column!r}"), f"column {column!r}"), spec)
 
     return text
 
@@ -184,7 +184,7 @@ def _readable(value: Any, where: str) -> Any:
     return value
 
 
-def _with_system(text: str, spec: InputSpec) -> Content:
+def with_system(text: str, spec: InputSpec) -> Content:
     if spec.system is None:
         return text
     return (Message(role="system", content=spec.system), Message(role="user", content=text))

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.engine.engine import Request
 from pipeline.frame import find_frame
+from pipeline.prompts import Content
+from pipeline.prompts import with_system
 from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.prompts import Message
@@ -34,6 +36,11 @@ def row_seed(base: str, position: int) -> int:
     """A row's own seed: a function of job and row, so that it does not matter which worker runs it."""
     digest = hashlib.blake2b(f"{base}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
+
+
+def _messages(content: Content) -> tuple[Message, ...]:
+    """As a conversation."""
+    return (Message(role="user", content=content),) if isinstance(content, str) else content
 
 
 class Renderer:
@@ -82,34 +89,28 @@ class Renderer:
             return prompt.content, False
         if not isinstance(prompt.content, str) and self._tokenizer.chat_template is None:
             return RowError(kind="bad_messages", message="the model's tokenizer has no chat template, which messages need")
-        if isinstance(prompt.content, str):
-            if self._frame is not None and self._job.input.system is None:
-                return self._frame.around(prompt.content), True
-            messages: tuple[Message, ...] = (Message(role="user", content=prompt.content),)
-        else:
-            messages = tuple(prompt.content)
-            if self._frame is not None and self._job.input.system is not None:  # then every prompt is that and a text
-                return self._frame.around(messages[-1].content), True
+        messages = _messages(prompt.content)
+        # With a system prompt every prompt is that and a text; without one, messages are the table's own, in any number.
+        if self._frame is not None and isinstance(prompt.content, str) is (self._job.input.system is None):
+            return self._frame.around(messages[-1].content), True
         text = self._apply_template(messages)
         return text if isinstance(text, RowError) else (text, True)
 
     def _framed(self, text: str) -> str:
         """A text prompt of this job, rendered by the template itself."""
-        system = self._job.input.system
-        turns = [{"role": "user", "content": text}]
-        if system is not None:
-            turns.insert(0, {"role": "system", "content": system})
-        rendered: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return rendered
+        return self._rendered(_messages(with_system(text, self._job.input)))
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text
 
     def _apply_template(self, messages: Sequence[Message]) -> str | RowError:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return self._rendered(messages)
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             # Templates raise on roles and orders that the model was not trained on.
             return RowError(kind="bad_messages", message=f"the model's chat template refuses the messages: {error}")
-        return text
 
     def _tokenize(self, texts: list[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -147,7 +148,7 @@ class Renderer:
         if isinstance(prompt.content, str) and not self._chat:
             keep_bos = ids[:1] if left and ids[0] == self._tokenizer.bos_token_id else []
             return keep_bos + ids[len(ids) - budget + len(keep_bos) :] if left else ids[:budget]
-        messages = [Message(role="user", content=prompt.content)] if isinstance(prompt.content, str) else list(prompt.content)
+        messages = list(_messages(prompt.content))
         users = [index for index, message in enumerate(messages) if message.role == "user"]
         for _ in range(_SHORTEN_TRIES):
             if len(ids) <= budget or not users:

@@ -124,7 +124,7 @@ def drive(
                 raise EngineError(f"row {generation.position}: {generation.error.message}")
             rows += 1
             prompt_tokens += len(waiting.pop(key).token_ids)
-            output_tokens += sum(len(choice.token_ids) for choice in generation.choices)
+            output_tokens += generation.num_tokens
         if finished:
             on_finished([generation for _, generation in finished])
         if tick_s is not None and ended >= next_tick:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.model import cache_folder
+from pipeline.versions import installed
 from schemas.errors import JobError
 from schemas.tuned import Tuned
 
@@ -17,10 +16,7 @@ _DIGEST_CHARACTERS = 16
 
 def engine_package() -> str:
     """Name and version of the installed vLLM, which is not imported; empty where there is none."""
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name} {importlib.metadata.version(name)}"
-    return ""
+    return next((f"{name} {version}" for name, version in installed(*_PACKAGES).items()), "")
 
 
 def tuned_path(weights: str, node: str) -> Path:

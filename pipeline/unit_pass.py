@@ -78,7 +78,7 @@ class Pass:
                 self.generated_tokens += generated_tokens(_deliver(chunks, generation), generation)
                 if generation.copied:
                     self.copied_rows += 1
-                    self.copied_tokens += sum(len(choice.token_ids) for choice in generation.choices)
+                    self.copied_tokens += generation.num_tokens
                 while chunks and chunks[0].complete:
                     yield chunks.popleft()
             while chunks:  # trailing chunks whose rows never passed through the engine

@@ -1,7 +1,8 @@
-"""What driver, scheduler and workers must have in common to understand each other's pickles and footers."""
+"""Versions: what is installed here, and what driver, scheduler and workers must have in common to understand each other."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,15 @@ def versions() -> dict[str, str]:
     """Of this process."""
     here = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {**here, "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of those that are installed here."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def from_dask(answer: Mapping[str, Any]) -> dict[str, str]:

