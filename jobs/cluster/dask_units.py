@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import uuid
@@ -12,6 +13,7 @@ from typing import Any
 
 from distributed import Client
 from distributed import Future
+from distributed.client import AllExit
 from distributed.scheduler import KilledWorker
 
 from jobs.cluster.cluster import ReplicaState
@@ -46,6 +48,7 @@ class DaskUnits:
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        client.loop.asyncio_loop.set_exception_handler(_quiet)
         self._flying: dict[str, tuple[int, Callable[[Result], None]]] = {}
         self._lock = threading.Lock()
         self._lost: str | None = None
@@ -99,6 +102,12 @@ class DaskUnits:
             _, done = self._flying.pop(key, (None, None))
         if done is not None:
             done(result)
+
+
+def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Say nothing of the tasks that Dask leaves behind where a fetch ran out of time and its key was then forgotten: they end in AllExit."""
+    if not isinstance(context.get("exception"), AllExit):
+        loop.default_exception_handler(context)
 
 
 def _result(future: Future) -> Result:

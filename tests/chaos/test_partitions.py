@@ -293,7 +293,7 @@ def test_a_killed_scheduler_costs_no_engine_and_the_driver_goes_on(
 def test_the_host_of_driver_and_scheduler_dies_and_another_takes_over(
     site: Site, control: dict[str, Process], members: dict[str, Member]
 ) -> None:
-    job = Job(site, "kill-host", units=9, max_tokens=160)
+    job = Job(site, "kill-host", units=18, max_tokens=160)  # more than are in flight, or nothing new would be left to begin
     with job.history.watch():
         first_run = job.run_on(site.hosts["control"])
         job.wait_for_flight(first_run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import queue
 from collections.abc import Iterator
 from typing import Any
@@ -76,6 +78,26 @@ def test_a_client_that_is_closed_answers_too(client: Client) -> None:
     (only,) = answers.by_unit[0]
     assert isinstance(only, ReplicaLost)
     assert "could not be sent" in str(only)
+
+
+@pytest.mark.parametrize("handled", [True, False])
+def test_a_fetch_that_ran_out_of_time_and_whose_key_was_then_forgotten_leaves_no_traceback(
+    client: Client, handled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    if handled:
+        DaskUnits(client)
+    future = client.submit(abs, -1, pure=False)
+    client.loop.add_callback(client.futures[future.key].finish)  # as if a worker had it, and had then gone away: there is none
+    with pytest.raises(TimeoutError):
+        future.result(timeout=0.2)
+    future.cancel()
+    client.sync(asyncio.sleep, 0.1)
+    client.sync(_collect)
+    assert ("AllExit" in caplog.text) is not handled  # without us it is there: the test sees what it is about
+
+
+async def _collect() -> None:
+    gc.collect()
 
 
 class Named:
