@@ -11,6 +11,7 @@ import random
 import re
 import threading
 from typing import Any
+from urllib.parse import quote
 from urllib.parse import urlsplit
 
 from adlfs import AzureBlobFileSystem
@@ -85,6 +86,12 @@ def locate(uri: str, spec: StorageSpec) -> tuple[str, str, str]:
     if spec.endpoint and mine:
         return account, spec.endpoint, path
     return account, f"https://{account}.blob.{match['cloud'] if match else _CLOUDS[0]}", path
+
+
+def web_address(uri: str, spec: StorageSpec) -> str:
+    """The object's address, unsigned."""
+    fs, path = filesystem(uri, spec)
+    return f"{str(fs.service_client.url).partition('?')[0].rstrip('/')}/{quote(path)}"
 
 
 class BlobFileSystem(AzureBlobFileSystem):  # type: ignore[misc]

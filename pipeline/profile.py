@@ -15,24 +15,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
+from pipeline.hardware import device_of
+from pipeline.hardware import find_profile
+from pipeline.hardware import profile_of_gpus
 from pipeline.model import Model
+from pipeline.roofline import devices_needed
 from pipeline.tuned import find_tuned
 from schemas.errors import JobError
-from schemas.errors import describe_validation
 from schemas.job import EngineSpec
 from schemas.job import SimulatedOptions
 from schemas.profile import Profile
 from schemas.tuned import Tuned
 
-_FOLDER = Path(__file__).parent / "profiles"
 _MEMORY_SHARE = 0.8
 """Of the machine's memory that all replicas together may plan with."""
 _ENGINE_OVERHEAD_BYTES = 2 << 30
 """vLLM, torch and activations of one CPU replica; 1.4 GB measured with SmolLM2-135M, rounded up."""
 _WIDTH_BYTES = {"float32": 4}
+_LIVE_TOKENS = 1024
+"""Of a row in a GPU's batch, where replicas are cut before anybody has seen rows; prompt and half the completion."""
 ALLOCATORS = ("tcmalloc", "mimalloc", "tbbmalloc", "jemalloc")
 """Best first. Any of them spares the engine glibc's page faults on every logits buffer."""
 _LIBRARIES = {
@@ -169,15 +170,12 @@ def _whole(options: dict[str, Any], name: str, default: int) -> int:
 
 
 def load_profile(name: str, machine: Machine) -> Profile:
-    """A profile by name, or `auto`. Raises JobError naming those there are."""
-    known = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
-    chosen = ("local-gpu" if machine.num_gpus else "local-cpu") if name == "auto" else name
-    if chosen not in known:
-        raise JobError(f"engine.profile: found {name!r}; allowed are auto, {', '.join(known)}")
-    try:
-        return Profile.model_validate({"name": chosen, **yaml.safe_load(known[chosen].read_text())})
-    except ValidationError as error:
-        raise JobError(f"profile {known[chosen]}: {describe_validation(error)}") from None
+    """A profile by name or path, or `auto`: of the VM size that has this machine's GPUs, or of what there is. Raises JobError."""
+    if name != "auto":
+        return find_profile(name)
+    if not machine.num_gpus:
+        return find_profile("local-cpu")
+    return profile_of_gpus(machine.gpu_name, machine.num_gpus) or find_profile("local-gpu")
 
 
 def asked_options(engine: EngineSpec) -> dict[str, Any]:
@@ -229,13 +227,14 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     }
     replicas = replicas or profile.replicas
     if profile.device == "gpu":
-        width = _whole({**profile.options, **options}, "tensor_parallel_size", 1)
-        count = replicas or max(1, machine.num_gpus // width)
-        devices = machine.visible_gpus or tuple(map(str, range(machine.num_gpus)))
-        if count * width > machine.num_gpus:
-            raise JobError(
-                f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {machine.num_gpus}"
-            )
+        asked = {**profile.options, **options}
+        most = machine.num_gpus or (profile.node.devices if profile.node is not None else 0)
+        width = _whole(asked, "tensor_parallel_size", _devices_of(profile, machine, model, asked, most))
+        made |= {"tensor_parallel_size": width} if width > 1 else {}
+        count = replicas or max(1, most // width)
+        devices = machine.visible_gpus or tuple(map(str, range(most)))
+        if count * width > most:
+            raise JobError(f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {most}")
         visible = tuple({"CUDA_VISIBLE_DEVICES": ",".join(devices[index * width : (index + 1) * width])} for index in range(count))
         return ReplicaPlan(
             profile=profile.name, replicas=count, options={**made, **options}, environment=profile.environment, device_environments=visible
@@ -269,6 +268,29 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     return ReplicaPlan(
         profile=profile.name, replicas=count, options={**made, **options}, environment=environment, device_environments=pinned
     )
+
+
+def _devices_of(profile: Profile, machine: Machine, model: Model, options: Mapping[str, Any], most: int) -> int:
+    """GPUs of one replica: the fewest that hold weights and a batch. 1 where nobody knows their memory."""
+    device = device_of(profile)
+    memory_bytes = machine.gpu_memory_bytes or (device.memory_bytes if device is not None else 0)
+    if not memory_bytes or "tensor_parallel_size" in options:
+        return 1
+    width_bytes = 1 if str(options.get("kv_cache_dtype", "auto")).startswith("fp8") else 2
+    live_tokens = min(_LIVE_TOKENS, _whole(dict(options), "max_model_len", model.max_position_embeddings))
+    needed = devices_needed(
+        weight_bytes=model.weights_bytes,
+        kv_bytes_per_token=model.kv_values_per_token * width_bytes,
+        live_tokens=live_tokens,
+        memory_bytes=memory_bytes,
+        most=most,
+    )
+    if needed is None:
+        raise JobError(
+            f"model: its {model.weights_bytes / 1e9:.0f} GB of weights and a batch do not fit into this node's {most} GPUs of "
+            f"{memory_bytes / 1e9:.0f} GB; make it smaller by `tokenmill model prepare`, or take a larger node; see `tokenmill plan`"
+        )
+    return needed
 
 
 def _pinned(machine: Machine, index: int, count: int) -> dict[str, str]:

@@ -34,6 +34,11 @@ def identity_of(uri: str) -> str:
         return f"{found.version}-{_footer_digest(file, found.size_bytes)}"
 
 
+def identity_of_listed(item: storage.ObjectInfo) -> str:
+    """The same of an object that was just listed; where the store has etags nothing is asked again."""
+    return identity_of(item.uri) if storage.scheme_of(item.uri) in ("file", "local", "memory") else item.version
+
+
 def _footer_digest(file: BinaryIO, size_bytes: int) -> str:
     if size_bytes < _FOOTER_TAIL_BYTES + len(_MAGIC):
         raise pa.ArrowInvalid(f"{size_bytes} bytes are too few for a Parquet file")

@@ -166,6 +166,16 @@ def _as_os_error(error: Exception, uri: str) -> OSError:
 
 
 @_os_errors
+def web_address(uri: str) -> str:
+    """An Azure object as its https:// address, without any signature. Raises JobError for other stores."""
+    if scheme_of(uri) not in _BLOB:
+        raise JobError(f"{uri}: only az:// and abfss:// have a web address that Azure Batch can use")
+    from pipeline.azure_blob import web_address as of_blob
+
+    return of_blob(uri, credentials.current())
+
+
+@_os_errors
 def info(uri: str) -> ObjectInfo:
     """One object. Raises FileNotFoundError, or IsADirectoryError where objects lie below that name and none has it."""
     fs, path = _open(uri)

@@ -17,6 +17,13 @@ from pydantic import model_validator
 
 from schemas.address import check_address
 from schemas.address import check_protection
+from schemas.batch import CLIENT_ID
+from schemas.batch import POOL_ID
+from schemas.batch import RESOURCE_ID
+from schemas.batch import ScheduleSpec
+from schemas.batch import check_endpoint
+from schemas.batch import check_keys_apart
+from schemas.batch import check_reachable
 from schemas.errors import JobError
 from schemas.errors import describe_validation
 from schemas.sampling import Frozen
@@ -176,22 +183,46 @@ class EngineSpec(Frozen):
         return self
 
 
+_OF_ADDRESS = ("address", "rendezvous", "insecure")
+_NEEDED_BY_BATCH = ("endpoint", "driver_pool", "worker_pool", "nodes", "image", "identity", "client_id", "keys")
+_OF_BATCH = (*_NEEDED_BY_BATCH[:-1], "scratch", "max_hours")
+
+
 class ClusterSpec(Frozen):
     """Who runs the engines."""
 
-    kind: Literal["local", "inline", "address"] = "local"
+    kind: Literal["local", "inline", "address", "azure-batch"] = "local"
     """local: worker processes on this machine. inline: one engine inside the calling process. address: a running
-    `tokenmill scheduler` and the nodes whose `tokenmill worker` joined it."""
+    `tokenmill scheduler` and the nodes whose `tokenmill worker` joined it. azure-batch: what `tokenmill submit` puts on two pools."""
     replicas: int | None = Field(default=None, ge=1)
-    """Engine replicas; by default what the profile finds good for the machine. With kind address the nodes decide."""
+    """Engine replicas; by default what the profile finds good for the machine. With address and azure-batch the nodes decide."""
     address: str | None = None
     """With kind address: the scheduler, as in tls://10.0.0.4:8786."""
     rendezvous: str | None = None
     """With kind address, instead of address: the folder or URI where the scheduler publishes its address."""
     keys: str | None = None
-    """With kind address: the folder with the cluster's keys, as made by `tokenmill keys`."""
+    """With kind address: the folder with the cluster's keys, as made by `tokenmill keys`. With azure-batch: a container of its own,
+    as in az://tokenmill-keys, through which the driver hands the keys of each job to its nodes."""
     insecure: bool = False
     """With kind address: plain tcp://, over which whoever reaches a node's ports may run code there."""
+    endpoint: str | None = None
+    """With azure-batch: the account, as in https://ACCOUNT.REGION.batch.azure.com."""
+    driver_pool: Annotated[str | None, Field(pattern=POOL_ID)] = None
+    """With azure-batch: the pool, on demand and without GPUs, on which the driver runs."""
+    worker_pool: Annotated[str | None, Field(pattern=POOL_ID)] = None
+    """With azure-batch: the pool of ND nodes."""
+    nodes: int | None = Field(default=None, ge=1, le=1000)
+    """With azure-batch: how many nodes to ask for at most, each with one `tokenmill worker`."""
+    image: Annotated[str | None, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]+$")] = None
+    """With azure-batch: the container image of driver and workers, as in REGISTRY.azurecr.io/tokenmill:1.0."""
+    identity: Annotated[str | None, Field(pattern=RESOURCE_ID)] = None
+    """With azure-batch: the resource id of the user-assigned identity that both pools have."""
+    client_id: Annotated[str | None, Field(pattern=CLIENT_ID)] = None
+    """With azure-batch: that identity's client id, by which processes on the nodes ask for its tokens."""
+    scratch: Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")] = "/mnt/tokenmill"
+    """With azure-batch: the nodes' local disk, which `tokenmill node-start` made; weights are kept there for all tasks of a node."""
+    max_hours: int = Field(default=24, ge=1, le=720)
+    """With azure-batch: Batch ends driver and workers after so many hours, whatever happens."""
 
     @model_validator(mode="after")
     def _inline_is_one(self) -> Self:
@@ -199,15 +230,27 @@ class ClusterSpec(Frozen):
             raise ValueError(f"kind inline runs one engine in one process, found replicas: {self.replicas}; use kind: local")
         return self
 
+    @field_validator("endpoint")
+    @classmethod
+    def _of_a_batch_account(cls, endpoint: str | None) -> str | None:
+        return None if endpoint is None else check_endpoint(endpoint)
+
+    @model_validator(mode="after")
+    def _only_what_its_kind_takes(self) -> Self:
+        takers = {**dict.fromkeys(_OF_ADDRESS, ("address",)), **dict.fromkeys(_OF_BATCH, ("azure-batch",)), "keys": ("address", "azure-batch")}
+        for name, kinds in takers.items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
+                raise ValueError(f"{name}: only kind: {' and kind: '.join(kinds)} takes it, found kind: {self.kind}")
+        if self.kind in ("address", "azure-batch") and self.replicas is not None:
+            raise ValueError(
+                f"kind {self.kind} takes as many replicas as the nodes run; leave replicas out, see `tokenmill worker --replicas`"
+            )
+        return self
+
     @model_validator(mode="after")
     def _address_is_whole_and_safe(self) -> Self:
-        given = [name for name in ("address", "rendezvous", "keys", "insecure") if getattr(self, name)]
         if self.kind != "address":
-            if given:
-                raise ValueError(f"{', '.join(given)}: only kind: address takes them, found kind: {self.kind}")
             return self
-        if self.replicas is not None:
-            raise ValueError("kind address takes as many replicas as the nodes run; leave replicas out, see `tokenmill worker --replicas`")
         if (self.address is None) == (self.rendezvous is None):
             found = "both" if self.address else "neither"
             raise ValueError(f"kind address needs either address or rendezvous to find the scheduler, found {found}")
@@ -215,6 +258,13 @@ class ClusterSpec(Frozen):
             check_address(self.address, self.keys, self.insecure)
         else:
             check_protection(self.keys, self.insecure)
+        return self
+
+    @model_validator(mode="after")
+    def _batch_is_whole(self) -> Self:
+        missing = [name for name in _NEEDED_BY_BATCH if getattr(self, name) is None]
+        if self.kind == "azure-batch" and missing:
+            raise ValueError(f"kind azure-batch also needs {', '.join(missing)}; infra/ prints them all when it has made the pools")
         return self
 
 
@@ -245,13 +295,30 @@ class JobSpec(Frozen):
     limits: LimitsSpec = LimitsSpec()
     storage: StorageSpec | None = None
     """How Azure storage is reached; names secrets, and holds none."""
-    schedule: None = None
-    """Reserved for `tokenmill schedule`; this version runs jobs at once and refuses a value here."""
+    schedule: ScheduleSpec | None = None
+    """When `tokenmill schedule create` has the job run, each time with what is new; `run` and `submit` run it once, now."""
 
     @property
     def lengths_vary(self) -> bool:
         """Whether rows say themselves how long they may become, and longest first is wanted."""
         return self.engine.ordering == "auto" and self.input.sampling is not None
+
+    @model_validator(mode="after")
+    def _batch_reaches_everything(self) -> Self:
+        cluster = self.cluster
+        if cluster.kind != "azure-batch":
+            if self.schedule is not None:
+                raise ValueError(f"schedule: needs cluster.kind azure-batch, found {cluster.kind}; elsewhere use cron and `tokenmill run`")
+            return self
+        for field, uri in [("input.uri", uri) for uri in self.input.uris] + [("output.uri", self.output.uri)]:
+            check_reachable(field, uri)
+        if self.model != DEMO_MODEL and not self.model.startswith("/"):  # a path is one in the image
+            check_reachable("model", self.model)
+        check_keys_apart(str(cluster.keys), [*self.input.uris, self.output.uri, self.model])
+        kind = self.storage.credential.kind if self.storage is not None else "default"
+        if kind not in ("default", "managed_identity"):
+            raise ValueError(f"storage.credential.kind is {kind}: nodes of Azure Batch have an identity and no keys; use managed_identity")
+        return self
 
     @model_validator(mode="after")
     def _memory_stays_in_one_process(self) -> Self:

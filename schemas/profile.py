@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from schemas.hardware import Node
+from schemas.hardware import Precision
 from schemas.sampling import Frozen
 
 
@@ -16,6 +18,10 @@ class Profile(Frozen):
     name: str
     description: str
     device: Literal["cpu", "gpu"]
+    node: Node | None = None
+    """The hardware; None where the machine is looked at instead."""
+    precision: Precision | None = None
+    """Of weights that `tokenmill model prepare` would make for it; what a checkpoint holds is what runs."""
     replicas: int | None = Field(default=None, ge=1)
     """Engine replicas of one node; by default as many as its cores or devices give."""
     cores_per_replica: int | None = Field(default=None, ge=1)

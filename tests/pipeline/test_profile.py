@@ -213,7 +213,7 @@ def test_a_plan_changes_neither_profile_nor_options() -> None:
 def test_every_shipped_profile_loads_and_plans(name: str) -> None:
     profile = load_profile(name, machine(4))
     assert profile.name == name
-    made = plan(profile, machine(4, num_gpus=1))
+    made = plan(profile, machine(4, num_gpus=profile.node.devices if profile.node else 1))
     assert made.replicas >= 1
     assert all(isinstance(value, str) for value in made.environment.values())
 
@@ -229,7 +229,7 @@ def test_auto_looks_for_gpus() -> None:
 
 @pytest.mark.parametrize("name", ["local", "../profile", ""])
 def test_an_unknown_profile_is_refused_naming_the_known(name: str) -> None:
-    with pytest.raises(JobError, match=f"engine.profile: found '{name}'; allowed are auto, {', '.join(SHIPPED)}"):
+    with pytest.raises(JobError, match=f"engine.profile: found '{name}'; allowed are auto, {', '.join(SHIPPED)}, a VM size, or a path"):
         load_profile(name, machine(4))
 
 

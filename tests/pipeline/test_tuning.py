@@ -259,7 +259,7 @@ def test_compiling_is_tried_early_where_the_engines_defaults_are_quick() -> None
 
 def test_a_whole_space_of_a_node_with_eight_h100() -> None:
     where = space(H100, LLAMA_70B, LLAMA_70B_FP8, rows=4096)
-    assert (where.start.replicas, where.start.get("tensor_parallel_size"), where.start.get("dtype")) == (2, 4, "auto")
+    assert (where.start.replicas, where.start.get("tensor_parallel_size"), where.start.get("dtype")) == (2, 4, "bfloat16")
     assert where.models == ("70b", "70b-fp8")
     assert where.cuts_of("70b") == ((1, {"tensor_parallel_size": 8}), (2, {"tensor_parallel_size": 4}))
     assert dict(where.ladders) == {
