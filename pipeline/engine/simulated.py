@@ -39,6 +39,7 @@ class SimulatedCore:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: list[tuple[float, int]] = []  # (tokens per row at which it finishes, key): a heap
         self._requests: dict[int, Request] = {}
+        self._lengths: dict[int, int] = {}  # of their answers; a look at the whole prompt each, which a thousand rows cannot afford often
         self._tokens_per_row = 0.0  # decoded by every running row since the start: the batch's common clock
         self._now = time.monotonic()  # how far simulated work has come; never ahead of real time by more than a sleep
         time.sleep(options.start_s)
@@ -75,18 +76,19 @@ class SimulatedCore:
         self._running = [item for item in self._running if item[1] != key]
         heapq.heapify(self._running)
         self._requests.pop(key, None)
+        self._lengths.pop(key, None)
 
     def begun(self, key: int) -> list[int]:
         request = self._requests.get(key)
         if request is None or not may_go_on(request.sampling):
             return []
         (finish_at,) = [at for at, running in self._running if running == key]
-        (choice,) = self._generation(request).choices
+        (choice,) = self._generation(request, self._lengths[key]).choices
         return choice.token_ids[: max(0, len(choice.token_ids) - math.ceil(finish_at - self._tokens_per_row))]
 
     def tokens_inside(self) -> int:
         left = sum(finish_at - self._tokens_per_row for finish_at, _ in self._running)
-        whole = sum((self._length(request) - len(request.begun)) * request.sampling.n for request in self._requests.values())
+        whole = sum((self._lengths[key] - len(request.begun)) * request.sampling.n for key, request in self._requests.items())
         return max(0, math.floor(whole - left))
 
     def step(self) -> list[tuple[int, Generation]]:
@@ -98,8 +100,8 @@ class SimulatedCore:
             while self._options.hangs_on_token in request.token_ids:
                 time.sleep(60)
             self._now += (len(request.token_ids) + len(request.begun)) / self._options.prefill_tokens_per_s
-            self._requests[key] = request
-            left = (self._length(request) - len(request.begun)) * request.sampling.n
+            self._requests[key], self._lengths[key] = request, self._length(request)
+            left = (self._lengths[key] - len(request.begun)) * request.sampling.n
             heapq.heappush(self._running, (self._tokens_per_row + left, key))
         per_row_s = len(self._running) / self._options.decode_tokens_per_s
         most = max(0.0, time.monotonic() + _MAX_SLEEP_S - self._now) / per_row_s
@@ -112,7 +114,7 @@ class SimulatedCore:
         finished = []
         while self._running and self._running[0][0] <= reached:
             _, key = heapq.heappop(self._running)
-            finished.append((key, self._generation(self._requests.pop(key))))
+            finished.append((key, self._generation(self._requests.pop(key), self._lengths.pop(key))))
         return finished
 
     def close(self) -> None:
@@ -125,8 +127,7 @@ class SimulatedCore:
         least = min(max(1, request.sampling.min_tokens), room)
         return least + _hash(request, 0) % (room - least + 1)
 
-    def _generation(self, request: Request) -> Generation:
-        length = self._length(request)
+    def _generation(self, request: Request, length: int) -> Generation:
         limit = min(request.sampling.max_tokens, self._max_model_len - len(request.token_ids))
         first = min(_FIRST_TEXT_TOKEN, self._vocab_size - 1)
         span = self._vocab_size - first
