@@ -6,7 +6,7 @@ import threading
 import time
 
 _READING = frozenset({"read", "render"})
-_WRITING = frozenset({"write", "commit"})
+_WRITING = frozenset({"decode", "write", "commit"})
 
 
 class Feed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from pipeline import storage
 from pipeline.engine.answers import Answers
 from pipeline.engine.continuous import ContinuousEngine
 from pipeline.engine.cores import core_maker
+from pipeline.engine.engine import Core
 from pipeline.engine.ordered import OrderedCore
 from pipeline.feed import Feed
 from pipeline.model import Model
@@ -44,19 +46,21 @@ class Replica:
         flight_path: Path | None = None,
         answers_path: Path | None = None,
         spawned_at: float | None = None,
+        make_core: Callable[[], Core] | None = None,
+        feed: Feed | None = None,
     ) -> None:
         """Loads tokenizer and engine; its ledger counts from `spawned_at`. Raises JobError or EngineStartError.
 
-        Replicas with the same model and options may have one file of answers.
+        Replicas with the same model and options may have one file of answers. Core and feed of another making are for those who measure.
         """
         spawned_at = time.monotonic() if spawned_at is None else spawned_at
         self.name = name
         self._model, self._kind = model, kind
         self.tokenizer = load_tokenizer(model.path)
-        self._feed = Feed()
-        make_core = core_maker(model, kind, options)
+        self._feed = feed or Feed()
+        make = make_core or core_maker(model, kind, options)
         self.engine = ContinuousEngine(
-            lambda: OrderedCore(make_core(), Answers(answers_path)), flight_path=flight_path, feed=self._feed, spawned_at=spawned_at
+            lambda: OrderedCore(make(), Answers(answers_path)), flight_path=flight_path, feed=self._feed, spawned_at=spawned_at
         )
         self._tools: dict[str, Tools] = {}
         self._making = threading.Lock()

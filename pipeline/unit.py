@@ -6,6 +6,7 @@ import contextlib
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
@@ -79,8 +80,10 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
     walk = Pass(unit, tools, history, out_uri, clock)
     try:
         for chunk in walk.run():
+            with clock.spend("decode"):
+                texts = _texts(chunk, tools)
             with clock.spend("write"):
-                added = _added(chunk, tools, history)
+                added = _added(chunk, texts, tools, history)
                 tally.add(chunk.position, added)
                 writer.write(pa.RecordBatch.from_arrays([*chunk.batch.columns, *added.columns], schema=schema))
     except EngineDead as error:
@@ -172,7 +175,7 @@ class _Finished:
 
     def add(self, chunk: Chunk, tools: Tools) -> None:
         self._positions += [chunk.position + row for row in sorted(chunk.done)]
-        self._batches.append(_generated(chunk, tools))
+        self._batches.append(_generated(chunk, _texts(chunk, tools), tools))
 
     def taken(self) -> tuple[list[int], pa.RecordBatch]:
         return self._positions, concat(*self._batches)
@@ -202,9 +205,9 @@ class _Tally:
             self.errors[error["kind"]] += 1
 
 
-def _added(chunk: Chunk, tools: Tools, history: History) -> pa.RecordBatch:
+def _added(chunk: Chunk, texts: Mapping[tuple[int, int], str], tools: Tools, history: History) -> pa.RecordBatch:
     """The added columns of a whole chunk, in input order."""
-    made = _generated(chunk, tools)
+    made = _generated(chunk, texts, tools)
     if not chunk.known:
         return made
     known = sorted(chunk.known)
@@ -213,9 +216,8 @@ def _added(chunk: Chunk, tools: Tools, history: History) -> pa.RecordBatch:
     return both.take(pa.array([place[row] for row in range(chunk.batch.num_rows)], pa.int64()))
 
 
-def _generated(chunk: Chunk, tools: Tools) -> pa.RecordBatch:
+def _generated(chunk: Chunk, texts: Mapping[tuple[int, int], str], tools: Tools) -> pa.RecordBatch:
     """The added columns of the chunk's rows that are done, in input order."""
-    texts = _texts(chunk, tools)
     completions = []
     for row in sorted(chunk.done):
         generation = chunk.done[row]

@@ -29,6 +29,7 @@ from schemas.errors import EngineEvicted
 from schemas.errors import TokenmillError
 
 if TYPE_CHECKING:
+    from pipeline.model import Model
     from pipeline.replica import Replica
 
 EXIT_START_FAILED = 78
@@ -189,20 +190,11 @@ def main(config_path: str) -> int:
     gc.freeze()
     gc.enable()
     threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
-    ready = {"state": "ready", "start_s": round(time.monotonic() - spawned_at, 1), "engine": asdict(replica.engine.info)}
+    ready: dict[str, Any] = {"state": "ready", "start_s": round(time.monotonic() - spawned_at, 1), "engine": asdict(replica.engine.info)}
     _say(config, **ready)
     from pipeline.membership import serve  # Dask: a second of imports
-    from pipeline.versions import versions
 
-    said = {
-        "versions": versions(),
-        "model": model.path,
-        "digests": model.digests,
-        "engine": config.kind,
-        "engine_info": asdict(replica.engine.info),
-        "start_s": ready["start_s"],
-        "pid": os.getpid(),
-    }
+    said = introduction(config, model, replica, start_s=ready["start_s"])
 
     async def live() -> None:
         await serve(config, replica, said, lambda member: _say(config, **ready, member=member))
@@ -212,6 +204,21 @@ def main(config_path: str) -> int:
 
     asyncio.run(live())
     return EXIT_EVICTED
+
+
+def introduction(config: WorkerConfig, model: Model, replica: Replica, *, start_s: float) -> dict[str, Any]:
+    """What a replica says of itself when it joins; see `registration`."""
+    from pipeline.versions import versions
+
+    return {
+        "versions": versions(),
+        "model": model.path,
+        "digests": model.digests,
+        "engine": config.kind,
+        "engine_info": asdict(replica.engine.info),
+        "start_s": start_s,
+        "pid": os.getpid(),
+    }
 
 
 def _say(config: WorkerConfig, **values: Any) -> None:

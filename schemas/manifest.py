@@ -42,7 +42,7 @@ class UnitReport:
     examples: list[dict[str, Any]] = field(default_factory=list)
     """A few error rows: position in the input table, kind, message."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Thread seconds by kind: read, render, generate (waiting for the engine), write."""
+    """Thread seconds by kind: read, render, generate (waiting for the engine), decode, write, commit."""
     digest: str = ""
     """SHA-256 over the added columns of all rows; see completions.RowsDigest."""
     resumed_rows: int = 0

@@ -15,7 +15,7 @@ def began() -> float:
     return time.monotonic() + 1000.0  # after the feed's own beginning
 
 
-@pytest.mark.parametrize("kind", ["write", "commit"])
+@pytest.mark.parametrize("kind", ["decode", "write", "commit"])
 def test_a_unit_that_writes_while_none_reads_keeps_rows_from_the_engine(began: float, kind: str) -> None:
     feed = Feed()
     feed.move(None, "read", began)
