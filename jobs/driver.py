@@ -21,6 +21,7 @@ from typing import Literal
 
 from jobs.accept import Accepted
 from jobs.accounts import Accounts
+from jobs.caps import Caps
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
@@ -81,6 +82,8 @@ class Progress:
     dashboard: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
     """The EngineInfo of the replica heard of first, as plain data."""
+    usd: float | None = None
+    """What this run's nodes have cost, where their price is known."""
     notes: list[str] = field(default_factory=list)
     """What the user should hear, in order; whoever shows them takes them out."""
 
@@ -144,6 +147,11 @@ def slow_unit(flying: Mapping[int, Flying], usual_s: float | None, idle: Sequenc
     return index if now - single[index].since > max(_SLOW_LEAST_S, _SLOW_FACTOR * usual_s) else None
 
 
+def node_of(replica: str) -> str:
+    """Replicas are named after their node, with a number."""
+    return replica.rpartition("-")[0] or replica
+
+
 def drain_asked_since(out_uri: str, began_at: float) -> bool:
     """Whether `tokenmill cancel` asked after this run began; earlier requests were meant for earlier runs."""
     try:
@@ -181,9 +189,15 @@ class Driver:
     """One run of one job. `run` is called once; `drain` from anywhere."""
 
     def __init__(
-        self, accepted: Accepted, cluster: Cluster, *, clock: Callable[[], float] = time.monotonic, began: float | None = None
+        self,
+        accepted: Accepted,
+        cluster: Cluster,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+        caps: Caps | None = None,
     ) -> None:
-        """Engine seconds count from `began` on the clock; by default from now."""
+        """Engine seconds, and what is capped, count from `began` on the clock; by default from now."""
         self._accepted, self._cluster, self._clock = accepted, cluster, clock
         self._job = accepted.job
         self._ready: list[WorkUnit] = list(reversed(accepted.todo))
@@ -197,7 +211,10 @@ class Driver:
         self._rows_in_flight = 0
         self._rows_left = sum(unit.num_rows for unit in accepted.todo)
         self._next_control = 0.0
-        self._accounts = Accounts(clock() if began is None else began)
+        self._began = clock() if began is None else began
+        self._accounts = Accounts(self._began)
+        self._caps = caps or Caps()
+        self._capped = False
         plan = accepted.plan
         self.progress = Progress(
             state="starting",
@@ -238,7 +255,7 @@ class Driver:
             return "failed"
         if not (self._ready or self._later):
             return "complete"
-        return "limit" if self._over_limit() else "drained"
+        return "limit" if self._over_limit() or self._capped else "drained"
 
     def _over_limit(self) -> bool:
         limit = self._job.limits.error_rows
@@ -266,12 +283,25 @@ class Driver:
                 f"limits.error_rows is {self._job.limits.error_rows}, and {progress.totals.error_rows} rows came out as errors: draining"
             )
             self.drain()
+        self._look_at_caps(now)
         if self._drain.is_set() and progress.state in ("starting", "running"):
             progress.state = "draining"
         # Not while nobody is there: what is sent into the void comes back as lost, and a unit may be lost only so often.
         while self._later and self._later[0][0] <= now and progress.replicas and not self._drain.is_set():
             _, _, unit = heapq.heappop(self._later)
             self._fly(unit)
+
+    def _look_at_caps(self, now: float) -> None:
+        progress = self.progress
+        num_nodes = len({node_of(replica.name) for replica in progress.replicas})
+        progress.usd = self._caps.usd(now - self._began, num_nodes)
+        if self._drain.is_set() or not (self._ready or self._later):
+            return
+        usual_s = statistics.median(self._took_s) if self._took_s else 0.0
+        if reason := self._caps.reached(now - self._began, num_nodes, usual_s):
+            self._capped = True
+            self._say(f"{reason}: draining; the same command with a higher limit goes on")
+            self.drain()
 
     def _submit(self) -> None:
         replicas = self.progress.replicas

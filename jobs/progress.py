@@ -88,6 +88,8 @@ def progress_line(progress: Progress, speed: Speed) -> str:
     if speed.eta_s is not None and progress.state == "running":
         parts.append(f"ETA {seconds_words(speed.eta_s)}")
     parts.append(f"{len(progress.replicas)} replicas")
+    if progress.usd is not None:
+        parts.append(f"{progress.usd:,.2f} USD")
     return ", ".join(parts)
 
 

@@ -69,6 +69,7 @@ def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAcc
         "eta_s": None if speed.eta_s is None else round(speed.eta_s),
         "failed_units": {str(unit): reason for unit, reason in list(progress.failed.items())[:10]},
         "replicas": [asdict(replace(replica, ledger=None, engine={})) for replica in progress.replicas],
+        "usd": None if progress.usd is None else round(progress.usd, 4),
         "dashboard": progress.dashboard,
     }
     if account is not None:

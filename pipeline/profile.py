@@ -88,14 +88,14 @@ class ReplicaPlan:
         return {**self.environment, **own}
 
 
-def this_machine() -> Machine:
-    """Looks at /proc, the scheduler's affinity and CUDA's or ROCm's device nodes."""
+def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
+    """Looks at /proc, the scheduler's affinity and CUDA's or ROCm's device nodes; which of those are visible, the environment says."""
     said = _cpuinfo()
     flags = set((said.get("flags") or said.get("Features") or "").split())
     if said.get("vendor_id") == "AuthenticAMD":
         flags |= {f"amd_{flag}" for flag in flags if flag.startswith("avx512")}  # its units are wider than others' of the same flag
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")))
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = environment.get("CUDA_VISIBLE_DEVICES")
     visible = tuple(device for device in (given or "").split(",") if device)
     gpu_name, gpu_memory_bytes = _first_gpu() if gpus else ("", 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

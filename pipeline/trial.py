@@ -55,6 +55,8 @@ class TrialProgress:
     """Finished."""
     output_tokens: int
     """Also of rows that are not finished, where that can be told (see Core.begun)."""
+    prompt_tokens: int
+    """Of rows that were finished or had begun to generate."""
     seconds: float
     """Since the barrier."""
 
@@ -246,8 +248,8 @@ class Replicas:
             ticks[member.name] = said.get("tick") or said["done"]
             if on_progress is None or stopping:
                 continue
-            rows, tokens = (sum(tick[key] for tick in ticks.values()) for key in ("rows", "output_tokens"))
-            if on_progress(TrialProgress(rows=rows, output_tokens=tokens, seconds=time.monotonic() - began_at)) is False:
+            sums = {key: sum(tick[key] for tick in ticks.values()) for key in ("rows", "output_tokens", "prompt_tokens")}
+            if on_progress(TrialProgress(**sums, seconds=time.monotonic() - began_at)) is False:
                 stopping = True
                 for other in self._members:
                     if other.name not in done:

@@ -43,7 +43,7 @@ _OWNERS = {
     "rouge_score": {"pipeline/quality.py"},
     "compressed_tensors": {"pipeline/quantise.py"},
     "transformers": {"pipeline/render.py", "pipeline/quantise.py"},
-    "yaml": {"jobs/api.py", "jobs/cli/group.py", "pipeline/hardware.py"},
+    "yaml": {"jobs/api.py", "jobs/backtest.py", "jobs/cli/group.py", "pipeline/hardware.py"},
 }
 """Heavy or narrow packages live with their owner."""
 

@@ -106,8 +106,8 @@ FLAGS = {
 }
 
 
-def build_job(job_file: str | None, flags: dict[str, Any]) -> JobSpec:
-    """The job file's fields with the flags' over them. Raises JobError."""
+def build_job(job_file: str | None, flags: dict[str, Any], more: dict[str, Any] | None = None) -> JobSpec:
+    """The job file's fields with the flags' over them, and with `more` fields by their paths. Raises JobError."""
     from jobs.api import load_job_data
 
     data = load_job_data(job_file) if job_file else {}
@@ -124,6 +124,8 @@ def build_job(job_file: str | None, flags: dict[str, Any]) -> JobSpec:
             raise JobError("--prompt and --messages: give one of them")
         put(data, "input.prompt", {"messages": flags["messages"]})
     put_settings(data, flags["settings"])
+    for field, value in (more or {}).items():
+        put(data, field, value)
     try:
         return parse_job(data)
     except JobError as error:

@@ -1,4 +1,4 @@
-"""Commands on jobs: run, plan, verify, status, cancel, schema, demo."""
+"""Commands on jobs: run, verify, status, cancel, schema, demo."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from schemas.errors import EXIT_UNITS_FAILED
 
 @main.command()
 @job_options
+@click.option("--deadline", help="Drain in time to be done by then: 8h from now on, or 2026-11-27T06:00:00Z.")
+@click.option("--max-cost", type=float, metavar="USD", help="Drain before the nodes cost more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-def run(job_file: str | None, as_json: bool, **flags: Any) -> None:
+def run(job_file: str | None, as_json: bool, deadline: str | None, max_cost: float | None, **flags: Any) -> None:
     """Run a job; run it again to go on after a stop.
 
     Ctrl-C drains: units in flight are finished and committed. A second Ctrl-C stops at once.
@@ -38,8 +40,9 @@ def run(job_file: str | None, as_json: bool, **flags: Any) -> None:
     from jobs.summary import print_summary
 
     resume = shlex.join(["tokenmill", *sys.argv[1:]])
+    limits = {"limits.deadline": deadline, "limits.max_cost_usd": max_cost}
     try:
-        result = run_job(build_job(job_file, flags))
+        result = run_job(build_job(job_file, flags, more={field: value for field, value in limits.items() if value is not None}))
     except StoppedAtOnce:
         click.echo(f"\nstopped at once; committed units stay. To go on: {resume}", err=True)
         # Threads of units in flight may still wait for an engine that is gone; nothing of theirs was committed.
@@ -50,47 +53,6 @@ def run(job_file: str | None, as_json: bool, **flags: Any) -> None:
     else:
         print_summary(result, Console(soft_wrap=not sys.stdout.isatty()), resume)
     raise click.exceptions.Exit(result.exit_code)
-
-
-@main.command()
-@job_options
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan(job_file: str | None, as_json: bool, **flags: Any) -> None:
-    """Check a job and say what a run would do. Writes nothing to the output.
-
-    \b
-    Example:
-      tokenmill plan job.yaml
-    """
-    from jobs.api import plan as plan_job
-
-    report = plan_job(build_job(job_file, flags))
-    accepted = report.accepted
-    sizes = [unit.num_rows for unit in accepted.plan.units]
-    values = {
-        "fingerprint": accepted.record.fingerprint,
-        "model": accepted.model.path,
-        "objects": len(accepted.plan.objects),
-        "rows": accepted.plan.num_rows,
-        "units": len(sizes),
-        "rows_per_unit": [min(sizes), max(sizes)],
-        "units_done": len(accepted.done),
-        "units_to_do": len(accepted.todo),
-        "profile": report.profile,
-        "replicas": report.replicas,
-        "left_out": [f"{uri}: {reason}" for uri, reason in accepted.plan.skipped],
-        "new_objects": list(accepted.new_objects),
-        "changed_objects": list(accepted.changed_objects),
-        "output": accepted.out_uri,
-        "columns": accepted.record.input_schema.names,
-    }
-    if as_json:
-        click.echo(json.dumps(values, indent=1))
-        return
-    for key, value in values.items():
-        if value != []:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            click.echo(f"{key.replace('_', ' '):16} {shown}")
 
 
 @main.command()
@@ -209,4 +171,14 @@ def demo(ctx: click.Context, folder: str, max_tokens: int) -> None:
 
     job_file = write_demo(folder, max_tokens=max_tokens)
     click.echo(f"$ tokenmill run {job_file}")
-    ctx.invoke(run, job_file=job_file, as_json=False, **dict.fromkeys(FLAGS), input_uri=(), messages=None, settings=())
+    ctx.invoke(
+        run,
+        job_file=job_file,
+        as_json=False,
+        deadline=None,
+        max_cost=None,
+        **dict.fromkeys(FLAGS),
+        input_uri=(),
+        messages=None,
+        settings=(),
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import Any
 
@@ -12,9 +11,8 @@ import click
 from jobs.cli.group import build_job
 from jobs.cli.group import job_options
 from jobs.cli.group import main
+from schemas.duration import parse_duration
 from schemas.errors import JobError
-
-_UNITS_S = {"s": 1, "m": 60, "h": 3600}
 
 
 class _Show:
@@ -85,7 +83,7 @@ def tune(
     from jobs.tune import tune as tune_job
     from jobs.tune import words
 
-    budget_s = parse_seconds(budget)
+    budget_s = parse_duration(budget, "--budget")
     if not job_file:
         flags["output_uri"] = flags["output_uri"] or "out/"
     job = build_job(job_file, flags)
@@ -134,11 +132,3 @@ def _look(job_file: str | None, flags: dict[str, Any], *, forget: bool, as_json:
             click.echo(f"  {field}: {value}")
         if tuned.quicker_model:
             click.echo(f"quicker still: --model {tuned.quicker_model}")
-
-
-def parse_seconds(text: str) -> float:
-    """A time such as 90s, 10m or 1h. Raises JobError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if match is None or not float(match.group(1)):
-        raise JobError(f"--budget: found {text!r}, expected a time such as 90s, 10m or 1h")
-    return float(match.group(1)) * _UNITS_S[match.group(2) or "s"]

@@ -105,7 +105,7 @@ class DaskUnits:
 
 
 def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Say nothing of the tasks that Dask leaves behind where a fetch ran out of time and its key was then forgotten: they end in AllExit."""
+    """Say nothing of the tasks that Dask leaves behind where a fetch ran out of time and its key was forgotten: they end in AllExit."""
     if not isinstance(context.get("exception"), AllExit):
         loop.default_exception_handler(context)
 

@@ -19,6 +19,7 @@ from jobs.accept import accept
 from jobs.accept import store
 from jobs.api import make_cluster
 from jobs.api import run
+from jobs.caps import Caps
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.driver import Driver
@@ -28,6 +29,7 @@ from jobs.driver import Tries
 from jobs.driver import emptiest
 from jobs.driver import may_submit
 from jobs.driver import next_step
+from jobs.driver import node_of
 from jobs.driver import slow_unit
 from jobs.driver import units_at_once
 from jobs.driver import wanted_rows
@@ -454,3 +456,25 @@ def test_units_in_flight_fill_the_window_and_one_more(num_units: int, rows: int,
     ranges = [RowRange(uri="a", identity="1", row_start=start, row_stop=start + rows, position=start) for start in starts]
     plan = Plan(units=tuple(WorkUnit(index=index, ranges=(part,)) for index, part in enumerate(ranges)))
     assert units_at_once(plan, window_rows) == expected
+
+
+def test_at_the_cap_what_is_in_flight_is_done_and_nothing_more_begins(accepted: Accepted) -> None:
+    cluster, clock = ScriptedCluster(lambda unit, attempt: report_of(unit)), FakeClock(5.0)
+    driver = Driver(accepted, cluster, clock=clock, caps=Caps(deadline_s=20.0, usd_per_hour=36.0))
+    progress = driver.run()
+    assert progress.state == "limit"
+    assert 0 < progress.totals.units < 10
+    assert progress.totals.units == len(cluster.submitted)
+    assert any("limits.deadline" in note and "the same command with a higher limit goes on" in note for note in progress.notes)
+    assert progress.usd is not None
+    assert progress.usd > 0
+
+
+def test_a_cap_that_is_reached_when_all_is_in_flight_changes_nothing(accepted: Accepted) -> None:
+    cluster = ScriptedCluster(lambda unit, attempt: report_of(unit))
+    assert Driver(accepted, cluster, caps=Caps(deadline_s=3600.0)).run().state == "complete"
+
+
+@pytest.mark.parametrize(("name", "node"), [("local-0", "local"), ("nd-7-3", "nd-7"), ("alone", "alone")])
+def test_replicas_are_named_after_their_node(name: str, node: str) -> None:
+    assert node_of(name) == node

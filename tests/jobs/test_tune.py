@@ -19,7 +19,6 @@ from jobs.accept import store
 from jobs.api import plan as plan_job
 from jobs.api import run as run_job
 from jobs.cli import main
-from jobs.cli.tune import parse_seconds
 from jobs.sample import fixed
 from jobs.sample import read_sample
 from jobs.sample import warm
@@ -292,17 +291,6 @@ def test_a_plan_says_which_profile_a_run_would_take(make_job: MakeJob, write_tab
     save_tuned(tuned_for(tiny_model))
     assert plan_job(vllm_job(make_job)).profile == "local-cpu-tuned"
     assert plan_job(vllm_job(make_job, profile="local-cpu")).profile == "local-cpu"
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("45", 45)])
-def test_a_budget_is_a_time(text: str, seconds: float) -> None:
-    assert parse_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0", "10 minutes", "-5m", "m"])
-def test_a_budget_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(JobError, match="expected a time such as 90s, 10m or 1h"):
-        parse_seconds(text)
 
 
 def test_the_simulated_engine_is_not_tuned(make_job: MakeJob) -> None:

@@ -1,0 +1,66 @@
+"""When a run must end, by the clock or by its cost. Pure; the driver asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC
+from datetime import datetime
+
+from schemas.duration import parse_duration
+from schemas.errors import JobError
+from schemas.job import LimitsSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caps:
+    """Of one run. None is no cap."""
+
+    deadline_s: float | None = None
+    """Since the run's command."""
+    max_usd: float | None = None
+    usd_per_hour: float | None = None
+    """Of one node. Nodes cost from the command on, whether or not their engines are up."""
+
+    def usd(self, elapsed_s: float, num_nodes: int) -> float | None:
+        """So far; None where no price is known."""
+        return None if self.usd_per_hour is None else elapsed_s / 3600 * self.usd_per_hour * max(1, num_nodes)
+
+    def reached(self, elapsed_s: float, num_nodes: int, usual_unit_s: float) -> str | None:
+        """Why no unit may begin any more: it would not be done within the cap, going by how long units usually take. None if it may."""
+        if self.deadline_s is not None and elapsed_s + usual_unit_s >= self.deadline_s:
+            return (
+                f"limits.deadline: {elapsed_s:,.0f} s of {self.deadline_s:,.0f} s are over, and a unit takes {usual_unit_s:,.0f} s"
+                if elapsed_s < self.deadline_s
+                else f"limits.deadline: {self.deadline_s:,.0f} s are over"
+            )
+        spent = self.usd(elapsed_s, num_nodes)
+        if self.max_usd is None or spent is None:
+            return None
+        then = self.usd(elapsed_s + usual_unit_s, num_nodes) or 0.0
+        if then < self.max_usd:
+            return None
+        return f"limits.max_cost_usd: {spent:,.2f} of {self.max_usd:,.2f} USD are spent, {then:,.2f} when what is in flight is done"
+
+
+def caps_of(limits: LimitsSpec, *, profile_usd_per_hour: float | None, now: datetime | None = None) -> Caps:
+    """Raises JobError where the deadline has passed or is none, or a cost is capped and no price known."""
+    price = limits.usd_per_hour or profile_usd_per_hour
+    if limits.max_cost_usd is not None and price is None:
+        raise JobError(
+            "limits.max_cost_usd: nobody knows what a node costs here; set limits.usd_per_hour, or engine.profile to a size with a price"
+        )
+    deadline_s = _seconds_until(limits.deadline, now or datetime.now(UTC)) if limits.deadline is not None else None
+    return Caps(deadline_s=deadline_s, max_usd=limits.max_cost_usd, usd_per_hour=price)
+
+
+def _seconds_until(deadline: str, now: datetime) -> float:
+    try:
+        at = datetime.fromisoformat(deadline)
+    except ValueError:
+        return parse_duration(deadline, "limits.deadline")
+    if at.tzinfo is None:
+        raise JobError(f"limits.deadline: found {deadline!r}, expected a moment with its zone, as in 2026-11-27T06:00:00Z, or 8h")
+    left_s = (at - now).total_seconds()
+    if left_s <= 0:
+        raise JobError(f"limits.deadline: {deadline} has passed")
+    return left_s

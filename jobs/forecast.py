@@ -1,0 +1,131 @@
+"""A plan's report in, what the job will take out: reads the sample, runs the canary where one is asked for, compares the sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.api import PlanReport
+from jobs.canary import Canary
+from jobs.canary import run_canary
+from jobs.estimate import Offer
+from jobs.estimate import Tokens
+from jobs.estimate import cheapest
+from jobs.estimate import offer_here
+from jobs.estimate import offers
+from jobs.estimate import quickest
+from jobs.estimate import tokens_of
+from jobs.lengths import SAMPLE_ROWS
+from jobs.lengths import Lengths
+from jobs.lengths import earlier_outputs
+from jobs.lengths import mean_of
+from jobs.lengths import prompt_lengths
+from jobs.lengths import unknown_output
+from jobs.sample import read_sample
+from pipeline.hardware import find_profile
+from pipeline.hardware import known_sizes
+from pipeline.hardware import profile_names
+from pipeline.profile import cut_machine
+from pipeline.shape import read_shape
+from schemas.errors import JobError
+
+_CANARY_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What is known of a job before it runs."""
+
+    lengths: Lengths
+    tokens: Tokens
+    offers: tuple[Offer, ...]
+    canary: Canary | None
+    remarks: tuple[str, ...]
+    """What the reader of the table should know."""
+
+    def to_dict(self, *, deadline_s: float | None, max_usd: float | None) -> dict[str, Any]:
+        """For --json."""
+        best = {"cheapest": cheapest(self.offers, deadline_s), "quickest": quickest(self.offers, max_usd)}
+        return {
+            "lengths": asdict(self.lengths),
+            "tokens": asdict(self.tokens),
+            "offers": [asdict(offer) for offer in self.offers],
+            "canary": asdict(self.canary) if self.canary else None,
+            "remarks": list(self.remarks),
+            **{name: asdict(offer) if offer else None for name, offer in best.items()},
+        }
+
+
+def forecast(
+    report: PlanReport,
+    *,
+    canary_rows: int | None = None,
+    history: Sequence[str] = (),
+    nodes: Sequence[int],
+    say: Callable[[str], None] = lambda _: None,
+) -> Forecast:
+    """Raises JobError where no row can be asked, EngineError where the canary's engine fails."""
+    accepted = report.accepted
+    job, model = accepted.job, accepted.model
+    prompts = prompt_lengths(job, model)
+    canary = _canary(report, canary_rows, say) if canary_rows else None
+    if canary is not None:
+        output, basis = mean_of(canary.output_lengths), "canary"
+    elif history:
+        output, basis = mean_of([length for folder in history for length in earlier_outputs(folder)]), "history"
+    else:
+        output, basis = unknown_output(job.sampling.max_tokens * job.sampling.n), "max_tokens"
+    lengths = Lengths(
+        rows=accepted.plan.num_rows,
+        sampled=min(len(prompts), SAMPLE_ROWS),
+        prompt=mean_of(prompts),
+        output=output,
+        basis=basis,  # type: ignore[arg-type]
+    )
+    shape = read_shape(model.path)
+    sizes = known_sizes()
+    if job.engine.profile not in ("auto", *profile_names()):
+        sizes.append(find_profile(job.engine.profile))  # a size of the user's own
+    found = offers(lengths, shape, [size for size in sizes if size.node is not None], nodes=nodes)
+    if canary is not None:
+        found.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=job.limits.usd_per_hour))
+    return Forecast(
+        lengths=lengths, tokens=tokens_of(lengths), offers=tuple(found), canary=canary, remarks=tuple(_remarks(found, len(sizes), nodes))
+    )
+
+
+def node_counts(text: str) -> tuple[int, ...]:
+    """Of --nodes. Raises JobError."""
+    try:
+        counts = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        counts = ()
+    if not counts or counts[0] < 1:
+        raise JobError(f"--nodes: found {text!r}, expected whole numbers above 0 such as 1,4,16")
+    return counts
+
+
+def _canary(report: PlanReport, rows: int, say: Callable[[str], None]) -> Canary:
+    job, model = report.accepted.job, report.accepted.model
+    cut = cut_machine(job.engine, model, replicas=job.cluster.replicas)
+    requests = read_sample(job, model, rows, max_model_len=model.max_position_embeddings)
+    say(f"canary: {len(requests)} rows on {cut.replicas} replica{'s' if cut.replicas > 1 else ''} here")
+    began = time.monotonic()
+    canary = run_canary(cut, model, job.engine.kind, requests, timeout_s=_CANARY_TIMEOUT_S)
+    say(f"canary: done in {time.monotonic() - began:.0f} s, {canary.output_tokens_per_s:,.0f} output tok/s")
+    return canary
+
+
+def _remarks(found: Sequence[Offer], num_sizes: int, nodes: Sequence[int]) -> list[str]:
+    sizes = {offer.vm_size for offer in found if offer.vm_size}
+    remarks = ["Speeds by roofline are of vLLM, and of nobody's measurement here; prices are the profiles', dated there: set your own."]
+    if len(sizes) < num_sizes:
+        left = num_sizes - len(sizes)
+        remarks.append(f"{left} of {num_sizes} sizes cannot hold this model on one node; `tokenmill model prepare` makes it smaller.")
+    if max(nodes) > 1:
+        remarks.append("Several nodes are independent replicas: their speeds add, and so does their start.")
+    return remarks

@@ -1,0 +1,88 @@
+"""How long a table's prompts are and how long its completions will be, each with where it is known from. Starts no engine."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jobs.accept import committed_units
+from jobs.accept import load_job_of
+from jobs.sample import read_sample
+from pipeline import storage
+from pipeline.model import Model
+from pipeline.read import open_parquet
+from schemas.completions import COMPLETION_TOKENS
+from schemas.errors import JobError
+from schemas.job import JobSpec
+
+SAMPLE_ROWS = 512
+_INTERVAL = 0.8
+_DRAWS = 400
+_MOST_PARTS = 16
+_UNKNOWN_LOW, _UNKNOWN_MEAN = 0.25, 0.75
+"""Of max_tokens, where nothing is known of completions: stated, not measured. The top of the interval is max_tokens itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mean:
+    """A mean of rows, and where it lies four times in five."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Of one row of a table, in tokens."""
+
+    rows: int
+    """Of the table."""
+    sampled: int
+    """Rows that were read and tokenised; those that cannot be asked are among the table's, and not among these."""
+    prompt: Mean
+    output: Mean
+    basis: Literal["max_tokens", "history", "canary"]
+    """Where the output's comes from."""
+
+
+def mean_of(values: Sequence[float], *, seed: int = 0) -> Mean:
+    """Of a sample, with the middle 80 % of what 400 bootstrap draws of it give. Raises ValueError where there is none."""
+    if not values:
+        raise ValueError("no rows")
+    chance = random.Random(seed)
+    means = sorted(statistics.fmean(chance.choices(values, k=len(values))) for _ in range(_DRAWS))
+    cut = round(_DRAWS * (1 - _INTERVAL) / 2)
+    return Mean(value=statistics.fmean(values), low=means[cut], high=means[-1 - cut])
+
+
+def unknown_output(max_tokens: int) -> Mean:
+    """Where nobody has seen a completion."""
+    return Mean(value=_UNKNOWN_MEAN * max_tokens, low=_UNKNOWN_LOW * max_tokens, high=float(max_tokens))
+
+
+def prompt_lengths(job: JobSpec, model: Model, *, rows: int = SAMPLE_ROWS) -> list[int]:
+    """Of rows from all over the table, as a run would tokenise them. Raises JobError where none can be asked."""
+    sample = read_sample(job, model, rows, max_model_len=model.max_position_embeddings)
+    if not sample:
+        raise JobError("input: no row of a sample can be asked; `tokenmill run` would write each with its error")
+    return [len(request.token_ids) for request in sample]
+
+
+def earlier_outputs(output: str) -> list[int]:
+    """Completion lengths of an earlier output's committed rows, from up to 16 of its parts. Raises JobError where it has none."""
+    out_uri = storage.absolute(output)
+    record, plan = load_job_of(out_uri)
+    done = committed_units(out_uri, record.fingerprint)
+    column = record.spec.output.prefix + COMPLETION_TOKENS
+    names = [unit.part_name(record.fingerprint) for unit in plan.units if unit.index in done]
+    lengths: list[int] = []
+    for name in names[:: max(1, len(names) // _MOST_PARTS)][:_MOST_PARTS]:
+        with open_parquet(storage.join(out_uri, name)) as parquet:
+            lengths += [value for value in parquet.read(columns=[column], use_threads=False).column(0).to_pylist() if value]
+    if not lengths:
+        raise JobError(f"--history {output}: no completion is committed there yet")
+    return lengths

@@ -1,0 +1,170 @@
+"""What a job takes, on each size and here, and which way to choose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+
+from jobs.api import run
+from jobs.canary import Canary
+from jobs.canary import StepCost
+from jobs.cli import main
+from jobs.estimate import Offer
+from jobs.estimate import cheapest
+from jobs.estimate import offer_here
+from jobs.estimate import offers
+from jobs.estimate import quickest
+from jobs.estimate import tokens_of
+from jobs.forecast import node_counts
+from jobs.lengths import Lengths
+from jobs.lengths import Mean
+from jobs.lengths import earlier_outputs
+from jobs.lengths import mean_of
+from jobs.lengths import unknown_output
+from pipeline.hardware import known_sizes
+from pipeline.shape import known_shape
+from schemas.errors import JobError
+from schemas.job import JobSpec
+
+MakeJob = Callable[..., JobSpec]
+WriteTable = Callable[..., Path]
+
+LENGTHS = Lengths(
+    rows=1_000_000,
+    sampled=512,
+    prompt=Mean(value=300, low=290, high=310),
+    output=Mean(value=200, low=180, high=220),
+    basis="history",
+)
+
+
+def test_a_sample_tells_the_mean_and_where_it_lies() -> None:
+    found = mean_of([float(value) for value in range(101)])
+    assert found.value == 50
+    assert 45 < found.low < 50 < found.high < 55
+    assert mean_of([7.0] * 9) == Mean(value=7, low=7, high=7)
+    with pytest.raises(ValueError, match="no rows"):
+        mean_of([])
+
+
+def test_the_same_sample_gives_the_same_interval() -> None:
+    values = [1.0, 5.0, 2.0, 8.0]
+    assert mean_of(values) == mean_of(values)
+
+
+def test_without_any_knowledge_max_tokens_is_the_top() -> None:
+    found = unknown_output(128)
+    assert (found.value, found.low, found.high) == (96, 32, 128)
+
+
+def test_tokens_are_of_the_whole_table() -> None:
+    assert tokens_of(LENGTHS).output == Mean(value=2e8, low=1.8e8, high=2.2e8)
+
+
+def test_every_size_that_holds_the_model_is_offered_for_every_number_of_nodes() -> None:
+    found = offers(LENGTHS, known_shape("llama-3.1-70b"), known_sizes(), nodes=(1, 4))
+    assert {offer.nodes for offer in found} == {1, 4}
+    assert len({offer.profile for offer in found}) == 7
+    assert {offer.precision for offer in found} == {"bf16"}
+    one, four = (offer for offer in found if offer.profile == "nd96isr-h100-v5")
+    assert four.output_tokens_per_s == pytest.approx(4 * one.output_tokens_per_s)
+    assert one.hours.low < one.hours.value < one.hours.high
+    assert one.usd is not None
+    assert four.usd is not None
+    assert four.usd.value > one.usd.value  # the start of four nodes costs four times as much
+    assert four.hours.value < one.hours.value
+
+
+def test_a_model_too_large_for_a_node_is_not_offered_there() -> None:
+    found = offers(LENGTHS, known_shape("llama-3.1-405b"), known_sizes(), nodes=(1,))
+    assert "nd96asr-v4" not in {offer.profile for offer in found}
+    assert "nd96isr-h100-v5" not in {offer.profile for offer in found}  # 810 GB of bf16 in 640 GB
+    assert "nd128isr-gb300-v6" in {offer.profile for offer in found}
+
+
+def offer(nodes: int, hours: float, usd: float | None) -> Offer:
+    return Offer(
+        profile="p", vm_size="s", nodes=nodes, precision="bf16", replicas=1, devices_per_replica=1, batch=1, output_tokens_per_s=1,
+        hours=Mean(value=hours, low=0.9 * hours, high=1.2 * hours),
+        usd=None if usd is None else Mean(value=usd, low=usd, high=1.2 * usd),
+        basis="roofline",
+    )  # fmt: skip
+
+
+def test_the_cheapest_must_be_done_by_the_deadline_in_the_bad_case_too() -> None:
+    slow, middle, fast, free = offer(1, 10, 100), offer(2, 5, 110), offer(4, 2, 150), offer(1, 1, None)
+    assert cheapest([slow, middle, fast, free], None) is slow
+    assert cheapest([slow, middle, fast, free], 7 * 3600) is middle
+    assert cheapest([slow, middle, fast, free], 5.9 * 3600) is fast
+    assert cheapest([slow], 1) is None
+
+
+def test_the_quickest_must_stay_below_the_cost_in_the_bad_case_too() -> None:
+    slow, middle, fast = offer(1, 10, 100), offer(2, 5, 110), offer(4, 2, 150)
+    assert quickest([slow, middle, fast], None) is fast
+    assert quickest([slow, middle, fast], 140) is middle
+    assert quickest([slow, middle, fast], 100) is None
+
+
+def test_here_the_canarys_steps_count() -> None:
+    cost = StepCost(per_step=0.01, per_output_token=0.001, per_prompt_token=0.0001)
+    canary = Canary(output_lengths=(200,), cost=cost, replicas=2, max_num_seqs=100, start_s=20, output_tokens_per_s=1)
+    found = offer_here(LENGTHS, canary, profile="local-cpu", usd_per_hour=2.0)
+    work = 500_000 * (200 * 0.001 + 300 * 0.0001) + (500_000 * 200 / 100 + 100) * 0.01
+    assert found.hours.value == pytest.approx((20 + work) / 3600)
+    assert found.usd is not None
+    assert found.usd.value == pytest.approx(2 * found.hours.value)
+    assert found.basis == "canary"
+
+
+@pytest.mark.parametrize(("text", "counts"), [("1", (1,)), ("4,1,4", (1, 4))])
+def test_node_counts_are_whole_numbers_in_order(text: str, counts: tuple[int, ...]) -> None:
+    assert node_counts(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,x", "-1"])
+def test_other_node_counts_are_refused(text: str) -> None:
+    with pytest.raises(JobError, match="--nodes: found"):
+        node_counts(text)
+
+
+def test_a_folder_without_a_job_is_no_history(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="holds no job"):
+        earlier_outputs(str(tmp_path))
+
+
+def test_a_plan_estimates_by_guess_by_canary_and_by_history(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    write_table(pa.table({"prompt": [f"question {row}" for row in range(64)]}))
+    job = make_job()
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job.model_dump(mode="json", by_alias=True, exclude_defaults=True)))
+
+    def estimate(*more: str) -> dict[str, object]:
+        result = CliRunner().invoke(main, ["plan", str(file), "--json", "--nodes", "1", *more])
+        assert result.exit_code == 0, result.output
+        said = json.loads(result.stdout)["estimate"]
+        assert isinstance(said, dict)
+        return said
+
+    guessed = estimate()
+    assert guessed["lengths"]["basis"] == "max_tokens"  # type: ignore[index]
+    seen = estimate("--canary", "16")
+    assert seen["lengths"]["basis"] == "canary"  # type: ignore[index]
+    assert seen["offers"][0]["basis"] == "canary"  # type: ignore[index]
+    run(job)
+    known = estimate("--history", job.output.uri)
+    assert known["lengths"]["basis"] == "history"  # type: ignore[index]
+    for words in (["--canary", "16"], ["--history", job.output.uri], ["--deadline", "1h"], ["--max-cost", "100"]):
+        result = CliRunner().invoke(main, ["plan", str(file), "--nodes", "1", *words])
+        assert result.exit_code == 0, result.output
+        assert "What it takes" in result.output
+
+
+def test_canary_and_history_exclude_each_other(make_job: MakeJob) -> None:
+    result = CliRunner().invoke(main, ["plan", "--model", "demo", "--canary", "8", "--history", "out"])
+    assert (result.exit_code, "give one of them" in result.output) == (2, True)
