@@ -47,7 +47,7 @@ def find_profile(name: str) -> Profile:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise JobError(f"engine.profile: there is no file {path}; `tokenmill profile show` prints one to start from")
+            raise JobError(f"engine.profile: there is no file {path}; `tokenmill profiles NAME` prints one to start from")
     else:
         path = _PROFILES / f"{name}.yaml"
     if not path.is_file():
@@ -62,6 +62,11 @@ def find_profile(name: str) -> Profile:
     if profile.node is not None:
         device_of(profile, path.parent)
     return profile
+
+
+def profile_text(name: str) -> str:
+    """The YAML of one of ours. Raises JobError naming those there are."""
+    return (_PROFILES / f"{find_profile(name).name}.yaml").read_text()
 
 
 def device_of(profile: Profile, beside: Path | None = None) -> Device | None:

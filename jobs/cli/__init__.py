@@ -6,6 +6,8 @@ from jobs.cli import job as job
 from jobs.cli import model as model
 from jobs.cli import node as node
 from jobs.cli import plan as plan
+from jobs.cli import profiles as profiles
+from jobs.cli import rehearse as rehearse
 from jobs.cli import report as report
 from jobs.cli import tune as tune
 from jobs.cli.group import build_job as build_job

@@ -168,3 +168,12 @@ def test_a_plan_estimates_by_guess_by_canary_and_by_history(make_job: MakeJob, w
 def test_canary_and_history_exclude_each_other(make_job: MakeJob) -> None:
     result = CliRunner().invoke(main, ["plan", "--model", "demo", "--canary", "8", "--history", "out"])
     assert (result.exit_code, "give one of them" in result.output) == (2, True)
+
+
+def test_profiles_are_listed_and_printed_to_start_from() -> None:
+    listed = CliRunner().invoke(main, ["profiles"])
+    assert listed.exit_code == 0, listed.output
+    assert "nd96isr-h100-v5" in listed.output
+    shown = CliRunner().invoke(main, ["profiles", "Standard_ND96isr_H100_v5"])
+    assert "source:" in shown.output
+    assert CliRunner().invoke(main, ["profiles", "none"]).exit_code == 2
