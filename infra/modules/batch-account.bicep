@@ -1,0 +1,88 @@
+metadata description = 'The Batch account. Nodes are made in this subscription, which is what spot prices and new ND sizes ask for.'
+
+@description('Name of the account: 3 to 24 lower-case letters and digits, unique in its region.')
+@minLength(3)
+@maxLength(24)
+param name string
+
+@description('Azure region.')
+param location string
+
+@description('Tags of every resource.')
+param tags object
+
+@description('The key vault that user-subscription mode asks for.')
+param vaultId string
+
+@description('Its address.')
+param vaultUri string
+
+@description('Address ranges of operators who may submit without the network. Empty: nobody, only through the private endpoint.')
+param operatorAddressRanges array
+
+@description('The Log Analytics workspace.')
+param workspaceId string
+
+resource account 'Microsoft.Batch/batchAccounts@2025-06-01' = {
+  name: name
+  location: location
+  tags: tags
+  identity: {
+    type: 'None' // it reads nobody's storage: job files and logs travel with the nodes' identity
+  }
+  properties: {
+    allowedAuthenticationModes: [
+      'AAD'
+    ]
+    poolAllocationMode: 'UserSubscription'
+    keyVaultReference: {
+      id: vaultId
+      url: vaultUri
+    }
+    publicNetworkAccess: empty(operatorAddressRanges) ? 'Disabled' : 'Enabled'
+    networkProfile: {
+      accountAccess: {
+        defaultAction: 'Deny'
+        ipRules: [
+          for range in operatorAddressRanges: {
+            value: range
+            action: 'Allow'
+          }
+        ]
+      }
+      nodeManagementAccess: {
+        defaultAction: 'Deny'
+        ipRules: []
+      }
+    }
+  }
+}
+
+resource diagnostics 'Microsoft.Insights/diagnosticSettings@2021-05-01-preview' = {
+  scope: account
+  name: 'tokenmill'
+  properties: {
+    workspaceId: workspaceId
+    logs: [
+      {
+        categoryGroup: 'allLogs'
+        enabled: true
+      }
+    ]
+    metrics: [
+      {
+        category: 'AllMetrics'
+        enabled: true
+      }
+    ]
+  }
+}
+
+@description('The account.')
+output accountId string = account.id
+
+@description('Its name, for pools and roles.')
+output accountName string = account.name
+
+@description('Where jobs are submitted.')
+output endpoint string = 'https://${account.properties.accountEndpoint}'
