@@ -125,7 +125,7 @@ class SimulatedCore:
         if self._options.lengths == "max" or request.sampling.ignore_eos:
             return room
         least = min(max(1, request.sampling.min_tokens), room)
-        return least + _hash(request, 0) % (room - least + 1)
+        return least + prompt_hash(request, 0) % (room - least + 1)
 
     def _generation(self, request: Request, length: int) -> Generation:
         limit = min(request.sampling.max_tokens, self._max_model_len - len(request.token_ids))
@@ -133,7 +133,7 @@ class SimulatedCore:
         span = self._vocab_size - first
         choices = []
         for index in range(request.sampling.n):
-            start = _hash(request, index + 1)
+            start = prompt_hash(request, index + 1)
             ids = [first + (start + step * 7919) % span for step in range(length)]
             logprobs = None
             if request.sampling.logprobs is not None:
@@ -143,5 +143,6 @@ class SimulatedCore:
         return Generation(position=request.position, choices=tuple(choices))
 
 
-def _hash(request: Request, salt: int) -> int:
+def prompt_hash(request: Request, salt: int) -> int:
+    """32 bits, evenly spread, that depend on prompt and seed alone."""
     return zlib.crc32(repr((request.token_ids, request.seed, salt)).encode())
