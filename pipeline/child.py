@@ -32,8 +32,13 @@ _LOG_LINES = 15
 _NO_SPACE = ("No space left on device", "Disk quota exceeded")
 
 
-def run_child(module: str, order: dict[str, Any], *, environment: Mapping[str, str], say: Say) -> dict[str, Any]:
-    """What `module`, whose main is `serve`, answers. Raises JobError with its reason, or with the end of its log where it just died."""
+def run_child(
+    module: str, order: dict[str, Any], *, environment: Mapping[str, str], say: Say, limit_s: float | None = None
+) -> dict[str, Any]:
+    """What `module`, whose main is `serve`, answers. Raises JobError with its reason, or with the end of its log where it just died.
+
+    After `limit_s` it is ended, whatever it is at.
+    """
     with tempfile.TemporaryDirectory(prefix="tokenmill-child-") as name:
         folder = Path(name)
         (folder / "order.json").write_text(json.dumps(order))
@@ -47,12 +52,18 @@ def run_child(module: str, order: dict[str, Any], *, environment: Mapping[str, s
                 text=True,
                 start_new_session=True,  # a terminal's Ctrl-C reaches this process only
             )
+        late = threading.Event()
+        timer = None if limit_s is None else threading.Timer(limit_s, _end_late, (process, late))
         try:
             assert process.stdout is not None
+            if timer is not None:
+                timer.start()
             for line in process.stdout:
                 say(line.rstrip("\n"))
             code = process.wait()
         finally:
+            if timer is not None:
+                timer.cancel()
             _end(process)
         answer = folder / "answer.json"
         if answer.is_file():
@@ -61,8 +72,16 @@ def run_child(module: str, order: dict[str, Any], *, environment: Mapping[str, s
                 raise JobError(found["failed"])
             return found
         tail = "\n".join((folder / "log").read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        if late.is_set():
+            raise JobError(f"{module} gave no answer within {limit_s:.0f} s and was ended. The end of its log:\n{tail}")
         hint = "; if the system ended it, this machine's memory was not enough" if code == -signal.SIGKILL else ""
         raise JobError(f"{module} ended with {exit_words(code)}{hint}. The end of its log:\n{tail}")
+
+
+def _end_late(process: subprocess.Popen[str], late: threading.Event) -> None:
+    late.set()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -23,8 +23,8 @@ ENVIRONMENT_VARIABLE = "TOKENMILL_METADATA"
 _AZURE = "http://169.254.169.254"
 _AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # the chassis asset tag of every Azure virtual machine
 _TAG_FILE = Path("/sys/class/dmi/id/chassis_asset_tag")
-_EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
-_INSTANCE = "/metadata/instance/compute?api-version=2021-02-01"
+EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
+INSTANCE = "/metadata/instance/compute?api-version=2021-02-01"
 _POLL_S = 1.0
 _TIMEOUT_S = 150.0  # the first call switches the service on
 
@@ -48,6 +48,17 @@ def metadata_address() -> str | None:
     return None if said == "off" else said.rstrip("/")
 
 
+def ask_metadata(address: str, path: str, *, timeout_s: float = _TIMEOUT_S) -> Any:
+    """The service's answer, or None where there is none."""
+    request = urllib.request.Request(address + path, headers={"Metadata": "true"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the service answers this machine only, never a proxy
+    try:
+        with opener.open(request, timeout=timeout_s) as answer:
+            return json.load(answer)
+    except (OSError, ValueError):
+        return None
+
+
 class EvictionWatch:
     """Calls `on_preempt` once, from its own thread, when this machine is to go. A service that does not answer is asked again."""
 
@@ -65,19 +76,10 @@ class EvictionWatch:
         machine = None
         while not self._ended.wait(_POLL_S):
             if machine is None:
-                machine = (self._ask(_INSTANCE) or {}).get("name")
-            if machine is not None and preempt_event(self._ask(_EVENTS), machine) is not None:
+                machine = (ask_metadata(self._address, INSTANCE) or {}).get("name")
+            if machine is not None and preempt_event(ask_metadata(self._address, EVENTS), machine) is not None:
                 self._on_preempt()
                 return
-
-    def _ask(self, path: str) -> Any:
-        request = urllib.request.Request(self._address + path, headers={"Metadata": "true"})
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the service answers this machine only, never a proxy
-        try:
-            with opener.open(request, timeout=_TIMEOUT_S) as answer:
-                return json.load(answer)
-        except (OSError, ValueError):
-            return None
 
 
 def watch_evictions(on_preempt: Callable[[], None]) -> EvictionWatch | None:

@@ -20,13 +20,15 @@ _FILES = sorted(path for package in _PACKAGES for path in (_ROOT / package).rglo
 _ALLOWED = {"schemas": {"schemas"}, "pipeline": {"schemas", "pipeline"}, "jobs": {"schemas", "pipeline", "jobs"}}
 """jobs → pipeline → schemas, and never back."""
 
+_BATCH = {"jobs/cluster/azure_batch.py", "jobs/cluster/batch_account.py"}
 _DASK_CLUSTERS = {"jobs/cluster/local.py", "jobs/cluster/address.py", "jobs/cluster/dask_units.py"}
 _COMMANDS = {str(path.relative_to(_ROOT)) for path in _FILES if path.match("jobs/cli/*.py")}
+_PREFLIGHT = {f"pipeline/preflight_{part}.py" for part in ("compute", "device", "memory", "network")}
 _OWNERS = {
     "adlfs": {"pipeline/azure_blob.py"},
-    "azure": {"pipeline/azure_blob.py", "pipeline/credentials.py"},
+    "azure": {"pipeline/azure_blob.py", "pipeline/credentials.py", *_BATCH},
     "vllm": {"pipeline/engine/vllm.py"},
-    "torch": {"pipeline/engine/vllm.py", "pipeline/quantise.py"},
+    "torch": {"pipeline/engine/vllm.py", "pipeline/quantise.py", *_PREFLIGHT},
     "click": _COMMANDS,
     "cryptography": {"pipeline/tls.py"},
     "distributed": {
