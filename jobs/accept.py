@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.plan import Plan
+from jobs.plan import Taken
 from jobs.plan import changed_since
-from jobs.plan import list_input
 from jobs.plan import make_plan
+from jobs.plan import untaken
 from pipeline import storage
 from pipeline.model import Model
 from pipeline.model import resolve_model
@@ -71,10 +72,10 @@ class Accepted:
         return [unit for unit in self.plan.units if unit.index not in self.done]
 
 
-def accept(job: JobSpec) -> Accepted:
+def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
     """Check everything that can be checked before an engine starts. Raises JobError.
 
-    From here on this process, and the workers that it starts, reach storage as the job says.
+    A new plan leaves out what is taken. From here on this process, and the workers that it starts, reach storage as the job says.
     """
     storage.use(job.storage)
     storage.commit_as(job.output.commit)
@@ -89,7 +90,7 @@ def accept(job: JobSpec) -> Accepted:
     if stored is not None and stored_plan is not None:
         plan, schema = stored_plan, stored.input_schema
     else:
-        plan, schema = make_plan(job)
+        plan, schema = make_plan(job, taken)
     check_columns(schema, job.input)
     output_schema(schema, job)
     if needs_chat(schema, job.input) and not model.has_chat_template:
@@ -137,14 +138,14 @@ def accept(job: JobSpec) -> Accepted:
         cut=cut,
         done=done,
         begun=stored is not None,
-        new_objects=_new_objects(job, plan) if stored is not None else (),
+        new_objects=_new_objects(job, plan, taken) if stored is not None else (),
         changed_objects=tuple(changed_since(plan)) if stored is not None else (),
     )
 
 
 def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any], rows: int) -> ReplicaPlan | None:
     """For so many rows; None where the nodes of a cluster decide."""
-    if job.cluster.kind == "address":
+    if job.cluster.kind in ("address", "azure-batch"):
         return None
     most = rows * job.sampling.n * job.sampling.max_tokens
     return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics, output_tokens=most)
@@ -279,9 +280,9 @@ def list_parts(out_uri: str, fingerprint: str) -> tuple[dict[int, int], list[str
     return done, foreign
 
 
-def _new_objects(job: JobSpec, plan: Plan) -> tuple[str, ...]:
+def _new_objects(job: JobSpec, plan: Plan, taken: Taken) -> tuple[str, ...]:
     known = set(plan.objects) | {uri for uri, _ in plan.skipped}
     try:
-        return tuple(item.uri for item in list_input(job.input) if item.uri not in known)
+        return tuple(item.uri for item in untaken(job.input, taken) if item.uri not in known)
     except JobError:
         return ()  # the inputs may be gone once the job is done

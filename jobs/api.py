@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ import yaml
 from jobs.accept import Accepted
 from jobs.accept import accept
 from jobs.accept import store
+from jobs.caps import caps_of
 from jobs.cluster.cluster import Cluster
 from jobs.driver import Driver
 from jobs.driver import Progress
 from jobs.driver import units_at_once
 from jobs.finish import finish
 from jobs.finish import read_reports
+from jobs.plan import Taken
 from jobs.progress import Display
 from jobs.progress import Speed
 from jobs.progress import SpeedMeter
@@ -39,6 +42,8 @@ from jobs.verify import verify as verify
 from pipeline import storage
 from pipeline.engine.continuous import window_rows
 from pipeline.eviction import watch_evictions
+from pipeline.hardware import find_profile
+from pipeline.hardware import profile_names
 from pipeline.profile import cut_machine
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_DRAINED
@@ -98,31 +103,40 @@ def load_job(path: str | Path) -> JobSpec:
 def plan(job: JobSpec) -> PlanReport:
     """Check a job and say what a run would do; writes nothing, starts nothing. Raises JobError."""
     accepted = accept(job)
-    if job.cluster.kind == "address":
+    if job.cluster.kind in ("address", "azure-batch"):
         return PlanReport(accepted=accepted, replicas=None, profile="each node's own")
     cut = accepted.cut or cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas)
     return PlanReport(accepted=accepted, replicas=cut.replicas, profile=cut.profile)
 
 
-def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
+def run(
+    job: JobSpec,
+    *,
+    stream: TextIO | None = None,
+    taken: Taken = frozenset(),
+    cluster_of: Callable[[Accepted], Cluster] | None = None,
+) -> RunResult:
     """Run a job to its end, or on from where an earlier run stopped.
 
-    Ctrl-C drains, a second one stops at once (StoppedAtOnce). Raises JobError before anything starts, EngineStartError
-    where no engine comes up, ForeignOutput where the output is not this job's.
+    A new plan leaves out what is `taken`. `cluster_of`: who makes the cluster, by default make_cluster. Ctrl-C drains, a second
+    one stops at once (StoppedAtOnce). Raises JobError before anything starts, EngineStartError where no engine comes up,
+    ForeignOutput where the output is not this job's.
     """
     began = time.monotonic()
     display = make_display(stream or sys.stderr)
     try:
         with _Interrupts() as interrupts:
-            accepted = store(accept(job))
+            accepted = accept(job, taken=taken)
+            caps = caps_of(job.limits, profile_usd_per_hour=_node_price(accepted))
+            accepted = store(accepted)
             _say_beginning(accepted, display)
             if not accepted.todo:
                 return _result(accepted, finish(accepted), None, None, None, began)
             with _spoken("what the last run said of itself", display):
                 keep_last_word(accepted.out_uri, accepted.record.fingerprint)
             log = RunLog(accepted, profile=_profile(accepted), began=began)
-            cluster = make_cluster(accepted)
-            driver = Driver(accepted, cluster, began=began)
+            cluster = (cluster_of or make_cluster)(accepted)
+            driver = Driver(accepted, cluster, began=began, caps=caps)
             try:
                 _drive(accepted, driver, log, display, interrupts, cluster)
             except BaseException:
@@ -148,6 +162,8 @@ def run(job: JobSpec, *, stream: TextIO | None = None) -> RunResult:
 def make_cluster(accepted: Accepted) -> Cluster:
     """The cluster that the job asks for; replicas come up in the background. Raises JobError."""
     job = accepted.job
+    if job.cluster.kind == "azure-batch":
+        raise JobError("cluster.kind: azure-batch is run by `tokenmill submit`, or by `tokenmill driver` on a machine that its nodes reach")
     if job.cluster.kind == "address":
         from jobs.cluster.address import AddressCluster
 
@@ -220,6 +236,14 @@ def _spoken(what: str, display: Display) -> Iterator[None]:
 
 def _profile(accepted: Accepted) -> str:
     return accepted.cut.profile if accepted.cut else "each node's own"
+
+
+def _node_price(accepted: Accepted) -> float | None:
+    """USD an hour of this machine, if its profile says."""
+    if accepted.cut is None or accepted.cut.profile not in profile_names():
+        return None
+    node = find_profile(accepted.cut.profile).node
+    return node.price.usd_per_hour if node is not None and node.price is not None else None
 
 
 def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, interrupts: _Interrupts, cluster: Cluster) -> None:

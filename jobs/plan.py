@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.prompts import prompt_columns
 from pipeline.read import identity_of
+from pipeline.read import identity_of_listed
 from pipeline.read import open_parquet
 from schemas.errors import JobError
 from schemas.job import InputSpec
@@ -141,10 +143,29 @@ def list_input(spec: InputSpec) -> list[storage.ObjectInfo]:
     return list(found.values())
 
 
-def make_plan(job: JobSpec) -> tuple[Plan, pa.Schema]:
-    """Look at every input object and cut the table. Raises JobError naming file and field."""
+Taken = Set[tuple[str, str]]
+"""URI and identity of objects that other runs of a schedule have planned."""
+
+
+def untaken(spec: InputSpec, taken: Taken) -> list[storage.ObjectInfo]:
+    """The input's objects without those that are taken. An object that was rewritten since has another identity, and is new."""
+    listed = list_input(spec)
+    return [item for item in listed if not _is_taken(item, taken)] if taken else listed
+
+
+def _is_taken(item: storage.ObjectInfo, taken: Taken) -> bool:
+    try:
+        return (item.uri, identity_of_listed(item)) in taken
+    except pa.ArrowException:  # no plan has what cannot be read
+        return False
+
+
+def make_plan(job: JobSpec, taken: Taken = frozenset()) -> tuple[Plan, pa.Schema]:
+    """Look at every input object that is not taken and cut the table. Raises JobError naming file and field."""
     wanted = set(prompt_columns(job.input))
-    listed = list_input(job.input)
+    listed = untaken(job.input, taken)
+    if not listed:
+        raise JobError("input.uri: every object has been taken by an earlier run of this schedule; there is nothing new")
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         outcomes = list(pool.map(lambda item: _look_at(item.uri, wanted), listed))
     objects = [item for item in outcomes if isinstance(item, InputObject)]

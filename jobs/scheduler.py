@@ -7,9 +7,11 @@ on a machine that stays, not on a spot node. Hears of units only as opaque tasks
 from __future__ import annotations
 
 import asyncio
+import queue
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 }
 """Read by a scheduler when it is made, in its own process."""
 _WATCH_S = 5.0
+_CLOSE_S = 10.0
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _EVERYWHERE = ("0.0.0.0", "[::]")
 
@@ -72,17 +75,69 @@ class SchedulerSpec:
 
 def serve(spec: SchedulerSpec, say: Callable[[str], None]) -> int:
     """Until SIGTERM or SIGINT, or until a newer scheduler has published itself. Returns the exit code. Raises JobError."""
+
+    async def until_signalled() -> int:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        return await _serve(spec, security, say, stop)
+
     security = tls.security(spec.keys)
+    _allow_many_files()
+    with dask.config.set(SCHEDULER_CONFIG):
+        return asyncio.run(until_signalled())
+
+
+class SchedulerThread:
+    """A scheduler in a thread of the process that needs it, such as a driver; ends with it at the latest."""
+
+    def __init__(self, spec: SchedulerSpec, say: Callable[[str], None], on_replaced: Callable[[], None]) -> None:
+        """Returns once it listens and is published. `on_replaced` is called, from its thread, when a newer one took its place.
+
+        Raises JobError.
+        """
+        self._spec, self._say, self._on_replaced = spec, say, on_replaced
+        self._security = tls.security(spec.keys)
+        self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        _allow_many_files()
+        self._config = dask.config.set(SCHEDULER_CONFIG)
+        self._config.__enter__()
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+        failure = self._ready.get()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(_CLOSE_S)
+        self._config.__exit__(None, None, None)
+
+    def _run(self) -> None:
+        try:
+            code = asyncio.run(self._live())
+        except BaseException as error:  # the thread's outermost: whoever waits for it must hear
+            self._ready.put(error)
+            return
+        if code != EXIT_COMPLETE:
+            self._on_replaced()
+
+    async def _live(self) -> int:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        return await _serve(self._spec, self._security, self._say, self._stop, lambda: self._ready.put(None))
+
+
+def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard // 2), hard))  # a worker takes several, and 1,024 are soon gone
-    with dask.config.set(SCHEDULER_CONFIG):
-        return asyncio.run(_serve(spec, security, say))
 
 
-async def _serve(spec: SchedulerSpec, security: Any, say: Callable[[str], None]) -> int:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+async def _serve(
+    spec: SchedulerSpec, security: Any, say: Callable[[str], None], stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None
+) -> int:
     scheduler = await _start(spec, security)
     try:
         mine = await asyncio.to_thread(_publish, spec, scheduler.address)
@@ -90,6 +145,7 @@ async def _serve(spec: SchedulerSpec, security: Any, say: Callable[[str], None])
         say(f"scheduler at {scheduler.address}{where}")
         if spec.dashboard is not None:
             say(f"dashboard at http://127.0.0.1:{scheduler.http_server.port}/status, on this machine only")
+        on_ready()
         waits = [asyncio.create_task(stop.wait()), asyncio.create_task(scheduler.finished())]
         if mine is not None and spec.rendezvous is not None:
             waits.append(asyncio.create_task(_replaced(spec.rendezvous, mine)))

@@ -6,6 +6,7 @@ Knows the model and the cluster, and nothing of the jobs that will run. SIGTERM,
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline import handover
 from pipeline import storage
 from pipeline import tls
 from pipeline.eviction import watch_evictions
@@ -30,6 +33,7 @@ from pipeline.segments import record_death
 from pipeline.supervisor import ReplicaSpec
 from pipeline.supervisor import Supervisor
 from pipeline.supervisor import engines_at_once
+from pipeline.worker import EXIT_EVICTED
 from pipeline.worker import WorkerConfig
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EngineStartError
@@ -45,6 +49,8 @@ _UNITS_AT_ONCE = 24
 """In flight on one replica at most; how many the driver sends depends on its job's rows."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TELL_S = 0.5
+_GONE_S = 300.0
+"""A machine is gone 30 s after Azure's notice. One that is still there then was spared, and Batch starts its task again."""
 _NO_CLUSTER = "a worker needs --scheduler or --rendezvous, or a job file whose cluster is kind: address"
 
 
@@ -90,15 +96,23 @@ def parse_node(data: Mapping[str, Any], *, name: str | None, replicas: int | Non
 
 def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
     """Until the node is evicted. Returns the exit code. Raises JobError, or EngineStartError where no engine comes up."""
+    storage.use(spec.job.storage)
+    if spec.job.cluster.keys is not None and handover.is_remote(spec.job.cluster.keys):
+        fetched = spec.job.cluster.model_copy(update={"keys": handover.fetch(spec.job.cluster.keys)})
+        spec = replace(spec, job=spec.job.model_copy(update={"cluster": fetched}))
     cluster = spec.job.cluster
     if cluster.keys is not None:
         tls.read_keys(cluster.keys)
         tls.check_apart(cluster.keys, [cluster.rendezvous] if cluster.rendezvous else [])
-    storage.use(spec.job.storage)
-    leave = threading.Event()
+    leave, notice = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
-    watch = watch_evictions(leave.set)
+
+    def on_preempt() -> None:
+        notice.set()
+        leave.set()
+
+    watch = watch_evictions(on_preempt)
     model = resolve_model(spec.job.model)
     plan = cut_machine(spec.job.engine, model, replicas=spec.replicas)
     specs = replica_specs(spec, model, plan, tempfile.mkdtemp(prefix="tokenmill-"))
@@ -115,6 +129,11 @@ def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
         supervisor.close()
         if watch is not None:
             watch.close()
+    if notice.is_set() and os.environ.get("AZ_BATCH_TASK_ID"):
+        # A task that ends by itself Batch would take for done; one whose machine vanishes it puts back into the queue.
+        say(f"node {spec.name}: waiting for Azure to take the machine, so that Batch runs this task elsewhere")
+        threading.Event().wait(_GONE_S)
+        return EXIT_EVICTED
     return EXIT_COMPLETE
 
 

@@ -237,7 +237,11 @@ class ClusterSpec(Frozen):
 
     @model_validator(mode="after")
     def _only_what_its_kind_takes(self) -> Self:
-        takers = {**dict.fromkeys(_OF_ADDRESS, ("address",)), **dict.fromkeys(_OF_BATCH, ("azure-batch",)), "keys": ("address", "azure-batch")}
+        takers = {
+            **dict.fromkeys(_OF_ADDRESS, ("address",)),
+            **dict.fromkeys(_OF_BATCH, ("azure-batch",)),
+            "keys": ("address", "azure-batch"),
+        }
         for name, kinds in takers.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
                 raise ValueError(f"{name}: only kind: {' and kind: '.join(kinds)} takes it, found kind: {self.kind}")
@@ -277,6 +281,13 @@ class LimitsSpec(Frozen):
     """An engine that has rows and makes no step for so many seconds hangs: its process is ended and started again."""
     error_rows: int | None = Field(default=None, ge=0)
     """Start no further work, and end with exit code 3, once more rows than this came out as errors in one run."""
+    deadline: str | None = None
+    """Likewise when a run would not be done with what it begins by then: a length of time since its command, as in 8h, or a moment
+    with its zone, as in 2026-11-27T06:00:00Z. What is in flight is finished and committed."""
+    max_cost_usd: float | None = Field(default=None, gt=0)
+    """Likewise when a run would cost more than this: its nodes' price from its command on."""
+    usd_per_hour: float | None = Field(default=None, gt=0)
+    """What a node costs; by default what the profile says, if it does."""
 
 
 class JobSpec(Frozen):

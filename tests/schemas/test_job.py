@@ -138,8 +138,9 @@ def test_messages_with_a_system_prompt_or_without_chat_are_refused() -> None:
     assert "prompt.messages needs the chat template" in refusal(input={"prompt": {"messages": "m"}, "chat": False})
 
 
-def test_a_schedule_is_refused_rather_than_ignored() -> None:
+def test_a_schedule_without_azure_batch_is_refused_rather_than_ignored() -> None:
     assert refusal(schedule="0 3 * * *").startswith("schedule: ")
+    assert "schedule: needs cluster.kind azure-batch, found local; elsewhere use cron" in refusal(schedule={"every": "1d"})
     assert parse_job(job_data(schedule=None)).schedule is None
 
 

@@ -1,0 +1,132 @@
+"""Where a run on Azure Batch has its things, beside its output: the job file as sent, which jobs it has, how its driver ended.
+
+Names and small objects only. Keys are elsewhere (pipeline.handover).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict
+from dataclasses import dataclass
+from datetime import UTC
+from datetime import datetime
+
+from jobs.cluster.azure_batch import JOB_FILE
+from jobs.cluster.azure_batch import Order
+from pipeline import storage
+from schemas import layout
+from schemas.errors import JobError
+from schemas.job import JobSpec
+
+_NAME_CHARACTERS = 40
+_LATEST = "latest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latest:
+    """The Batch jobs of an output's latest run."""
+
+    endpoint: str
+    driver_job: str
+    stamp: str
+    """See Order.stamp."""
+    nodes_job: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a driver ended by itself."""
+
+    exit_code: int
+    message: str
+
+
+def job_id_of(job: JobSpec) -> str:
+    """The same for the same name and output, so that a second submit meets the first. At most 49 of the 64 characters that Batch takes."""
+    name = job.name.replace(".", "-")[:_NAME_CHARACTERS]
+    return f"{name}-{hashlib.sha256(storage.absolute(job.output.uri).encode()).hexdigest()[:8]}"
+
+
+def folder(out_uri: str) -> str:
+    return storage.join(storage.absolute(out_uri), layout.BATCH)
+
+
+def rendezvous(out_uri: str) -> str:
+    return storage.join(storage.absolute(out_uri), layout.RENDEZVOUS)
+
+
+def job_file_data(job: JobSpec) -> bytes:
+    """The job as driver and nodes read it. Names secrets at most, see schemas/storage.py."""
+    return json.dumps(job.model_dump(by_alias=True, exclude_unset=True, mode="json"), indent=1).encode()
+
+
+def stamp(now: float) -> str:
+    """Of Unix seconds, for Order.stamp."""
+    return f"{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%SZ}"
+
+
+def order_for(job: JobSpec, stamp: str) -> Order:
+    """What the requests of a run are made of. Raises JobError."""
+    out = storage.absolute(job.output.uri)
+    scheme, _, rest = folder(out).partition("://")
+    container, _, path = rest.partition("/")
+    return Order(
+        cluster=job.cluster,
+        job_file=storage.web_address(storage.join(folder(out), JOB_FILE)),
+        logs_container=storage.web_address(f"{scheme}://{container}"),
+        logs_path=f"{path}/logs",
+        stamp=stamp,
+    )
+
+
+def logs_folder(out_uri: str, job_id: str, task_id: str) -> str:
+    return storage.join(folder(out_uri), "logs", job_id, task_id)
+
+
+def store_job_file(job: JobSpec, out_uri: str) -> None:
+    """Raises JobError."""
+    where = storage.join(folder(out_uri), JOB_FILE)
+    try:
+        storage.replace(where, job_file_data(job))
+    except OSError as error:
+        raise JobError(f"output.uri: cannot write {where}: {error}") from error
+
+
+def store_latest(out_uri: str, latest: Latest) -> None:
+    """For `tokenmill logs`; that it cannot be stored stops nothing."""
+    with contextlib.suppress(OSError):
+        storage.replace(storage.join(folder(out_uri), _LATEST), json.dumps(asdict(latest)).encode())
+
+
+def read_latest(out_uri: str) -> Latest:
+    """Raises JobError."""
+    where = storage.join(folder(out_uri), _LATEST)
+    try:
+        return Latest(**json.loads(storage.read_bytes(where)))
+    except FileNotFoundError:
+        raise JobError(f"{out_uri} was not submitted to Azure Batch: there is no {where}; give the folder that the job writes to") from None
+    except (ValueError, TypeError) as error:
+        raise JobError(f"{where} is damaged: {error}; `tokenmill submit` writes it anew") from None
+
+
+def outcome_uri(out_uri: str, driver_job: str, stamp: str) -> str:
+    return storage.join(folder(out_uri), f"{driver_job}-{stamp}.outcome.json")
+
+
+def read_outcome(out_uri: str, driver_job: str, stamp: str) -> Outcome | None:
+    """None while the driver has not ended by itself."""
+    where = outcome_uri(out_uri, driver_job, stamp)
+    try:
+        return Outcome(**json.loads(storage.read_bytes(where)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise JobError(f"{where} is damaged: {error}; remove it") from None
+
+
+def store_outcome(out_uri: str, driver_job: str, stamp: str, outcome: Outcome) -> None:
+    """The first word counts."""
+    with contextlib.suppress(FileExistsError):
+        storage.create_once(outcome_uri(out_uri, driver_job, stamp), json.dumps(asdict(outcome)).encode())
