@@ -1,12 +1,15 @@
-.PHONY: setup python azurite demo test long check lint types fast engine chaos constraints
+.PHONY: setup python azurite chromium demo test long check lint types fast engine chaos constraints
 
-setup: python azurite  ## make .venv, and install what the tests on Azure Blob need
+setup: python azurite chromium  ## make .venv, and install what the tests on Azure Blob and in a browser need
 
 python:
 	bash .ci/setup
 
 azurite:
 	bash .ci/setup-azurite
+
+chromium:
+	bash .ci/setup-chromium
 
 demo: python      ## demo model, a real job over the demo prompts, a summary
 	.venv/bin/tokenmill demo --output demo
