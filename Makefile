@@ -43,3 +43,4 @@ constraints: setup  ## renew the pinned versions
 	.venv/bin/uv pip compile --quiet --python-version 3.11 --override .ci/overrides.txt \
 		--extra cpu --extra demo --extra bench --extra prepare --extra dashboard --extra dev --no-header --no-annotate \
 		pyproject.toml --output-file .ci/constraints.txt
+	infra/image/lock
