@@ -74,8 +74,9 @@ var startTask = {
   containerSettings: {
     imageName: image
     registry: registry
-    // Root on the host, once, before any task: joins raw disks to one and mounts it. rshared: what it mounts is seen by the host.
-    containerRunOptions: '--privileged --user 0 --network host --volume /mnt:/mnt:rshared --volume /dev:/dev'
+    // Root on the host (elevationLevel below), once, before any task: joins raw disks to one and mounts it. rshared: what it mounts
+    // is seen by the host.
+    containerRunOptions: '--privileged --network host --volume /mnt:/mnt:rshared --volume /dev:/dev'
     workingDirectory: 'TaskWorkingDirectory'
   }
   userIdentity: {

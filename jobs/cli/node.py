@@ -1,4 +1,4 @@
-"""Commands on nodes of a cluster: scheduler, worker, keys."""
+"""Commands on nodes of a cluster: node-start, scheduler, worker, keys."""
 
 from __future__ import annotations
 
@@ -89,3 +89,33 @@ def scheduler(listen: str, keys: str | None, insecure: bool, rendezvous: str | N
     shown = None if dashboard == "none" else dashboard
     spec = SchedulerSpec(listen=listen, keys=keys, insecure=insecure, rendezvous=rendezvous, dashboard=shown)
     raise click.exceptions.Exit(serve(spec, click.echo))
+
+
+@main.command("node-start")
+@click.argument("scratch", default="/mnt/tokenmill")
+@click.option("--model", help="Also fetch this model, a URI, into SCRATCH/cache; else the first worker does.")
+@storage_option
+def node_start(scratch: str, model: str | None) -> None:
+    """Prepare a node, as root, before it takes work: join its raw local disks to one, mounted at SCRATCH. Run again, it does no harm.
+
+    The start task of the pools that infra/ makes. A disk that has anything on it is never touched.
+
+    \b
+    Examples:
+      tokenmill node-start /mnt/tokenmill
+      tokenmill node-start /mnt/tokenmill --model az://models/llama-3.3-70b
+    """
+    import os
+    from pathlib import Path
+
+    from pipeline.model import resolve_model
+    from pipeline.scratch import make_scratch
+    from pipeline.scratch import open_to_all
+
+    click.echo(make_scratch(scratch))
+    cache = Path(scratch) / "cache"
+    cache.mkdir(exist_ok=True)
+    if model is not None:
+        os.environ["TOKENMILL_CACHE"] = str(cache)
+        click.echo(f"model {model} is in {resolve_model(model).path}")
+    open_to_all(cache)

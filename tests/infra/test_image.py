@@ -47,7 +47,7 @@ def broken(text: str) -> list[str]:
     users = [rest for word, rest in steps if word == "USER"]
     if not users or not re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", users[-1]):
         wrong.append(f"runs as {users[-1:] or 'root'}, expected a number that is not root's")
-    if [rest for word, rest in steps if word == "ENTRYPOINT"] != ['["/usr/bin/tini", "--", "/usr/local/bin/tokenmill-entry"]']:
+    if [rest for word, rest in steps if word == "ENTRYPOINT"] != ['["/usr/bin/tini", "--", "/usr/local/bin/tokenmill"]']:
         wrong.append("its entry point is not tokenmill's")
     wrong += [f"{word} {rest}: fetched from elsewhere" for word, rest in steps if word == "ADD" or "://" in rest]
     wrong += [
@@ -108,7 +108,7 @@ def test_it_holds_to_our_rules() -> None:
         ("USER 10001:10001", "USER root", "runs as"),
         ("USER 10001:10001", "", "runs as"),
         ("-m flashinfer download-kernels", "-m flashinfer show-config", "not baked in"),
-        ("/usr/local/bin/tokenmill-entry\"]", "/bin/sh\"]", "entry point"),
+        ("/usr/local/bin/tokenmill\"]", "/bin/sh\"]", "entry point"),
         ("COPY schemas schemas", "ADD https://example.org/schemas.tar schemas", "fetched from elsewhere"),
         ("    DO_NOT_TRACK=1", "    REGISTRY_PASSWORD=hunter2", "a secret"),
         ("FROM python:${PYTHON} AS final", "", "one stage"),
@@ -149,11 +149,29 @@ def test_the_build_gets_what_it_copies_and_nothing_that_lies_about() -> None:
     ],
 )
 def test_the_entry_point_takes_what_docker_and_batch_give_it(tmp_path: Path, words: list[str], said: str) -> None:
-    command = tmp_path / "tokenmill"
-    command.write_text('#!/bin/sh\nIFS=,; echo "tokenmill: $*"\n')
+    done = entry(tmp_path, words, {"HOME": str(tmp_path), "USER": "me"})
+    assert done.stdout.splitlines()[0] == said
+
+
+def test_a_user_whom_the_image_does_not_know_has_a_home_and_a_name(tmp_path: Path) -> None:
+    done = entry(tmp_path, ["worker"], {"HOME": "/nowhere", "TMPDIR": str(tmp_path)})
+    home, user = done.stdout.splitlines()[1].split()
+    assert Path(home).parent == tmp_path
+    assert user == "tokenmill"
+    known = entry(tmp_path, ["worker"], {"HOME": str(tmp_path), "USER": "me"})
+    assert known.stdout.splitlines()[1] == f"{tmp_path} me"
+
+
+def entry(folder: Path, words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The script as it is, but for where the image has its command; a stand-in prints what it is given."""
+    command = folder / "bin" / "tokenmill"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text('#!/bin/sh\n(IFS=,; echo "tokenmill: $*")\necho "$HOME $USER"\n')
     command.chmod(0o755)
-    done = subprocess.run([_IMAGE / "entry", *words], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == said.strip()
+    script = folder / "script"
+    script.write_text((_IMAGE / "tokenmill").read_text().replace("/opt/tokenmill/bin", str(command.parent)))
+    script.chmod(0o755)
+    return subprocess.run([script, *words], env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True, check=True)
 
 
 def test_the_build_stops_where_a_node_without_internet_would_lack_something(tmp_path: Path) -> None:
