@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from jobs.accept import Accepted
 from jobs.accept import committed_units
+from jobs.plan import Plan
 from pipeline import storage
 from pipeline.commit import read_report
 from schemas import layout
@@ -19,6 +21,7 @@ from schemas.errors import ForeignOutput
 from schemas.errors import UnitError
 from schemas.manifest import UnitReport
 from schemas.manifest import manifest_table
+from schemas.record import JobRecord
 
 _THREADS = 16
 
@@ -26,16 +29,21 @@ _THREADS = 16
 def read_reports(accepted: Accepted) -> Iterator[tuple[UnitReport, str, int]]:
     """Every committed part's report, name and size in bytes, by unit. Raises ForeignOutput where a part is not what its name says."""
     sizes = committed_units(accepted.out_uri, accepted.record.fingerprint)
-    units = {unit.index: unit for unit in accepted.plan.units}
+    yield from part_reports(accepted.out_uri, accepted.record, accepted.plan, sizes)
+
+
+def part_reports(out_uri: str, record: JobRecord, plan: Plan, sizes: Mapping[int, int]) -> Iterator[tuple[UnitReport, str, int]]:
+    """The same of these parts, given by unit with their sizes."""
+    units = {unit.index: unit for unit in plan.units}
 
     def read(index: int) -> tuple[UnitReport, str, int]:
-        name = units[index].part_name(accepted.record.fingerprint)
-        report = read_report(storage.join(accepted.out_uri, name))
-        expected = (index, accepted.record.fingerprint, units[index].num_rows)
+        name = units[index].part_name(record.fingerprint)
+        report = read_report(storage.join(out_uri, name))
+        expected = (index, record.fingerprint, units[index].num_rows)
         if (report.unit, report.fingerprint, report.rows) != expected:
             raise ForeignOutput(
                 f"{name} says unit {report.unit} of job {report.fingerprint[:8]} with {report.rows} rows; the plan has unit {index} "
-                f"of {accepted.record.fingerprint[:8]} with {units[index].num_rows}; remove it and run the job again"
+                f"of {record.fingerprint[:8]} with {units[index].num_rows}; remove it and run the job again"
             )
         return report, name, sizes[index]
 

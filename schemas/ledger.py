@@ -106,6 +106,8 @@ class RunAccount(Frozen):
     copied_tokens: _Count = 0
     """Of rows that asked the same as another."""
     retries: _Count
+    doubled: _Count = 0
+    """Units that were run a second time because they held up the end."""
     profile: str
     engine: dict[str, Any]
     """kind, version, dtype, options: of the replica heard of first."""

@@ -21,7 +21,7 @@ _ALLOWED = {"schemas": {"schemas"}, "pipeline": {"schemas", "pipeline"}, "jobs":
 """jobs → pipeline → schemas, and never back."""
 
 _BATCH = {"jobs/cluster/azure_batch.py", "jobs/cluster/batch_account.py"}
-_DASK_CLUSTERS = {"jobs/cluster/local.py", "jobs/cluster/address.py", "jobs/cluster/dask_units.py"}
+_DASK_CLUSTERS = {"jobs/cluster/local.py", "jobs/cluster/address.py", "jobs/cluster/dask_units.py", "jobs/cluster/dask_nodes.py"}
 _COMMANDS = {str(path.relative_to(_ROOT)) for path in _FILES if path.match("jobs/cli/*.py")}
 _PREFLIGHT = {f"pipeline/preflight_{part}.py" for part in ("compute", "device", "memory", "network")}
 _OWNERS = {
@@ -45,7 +45,8 @@ _OWNERS = {
     "rouge_score": {"pipeline/quality.py"},
     "compressed_tensors": {"pipeline/quantise.py"},
     "transformers": {"pipeline/render.py", "pipeline/quantise.py"},
-    "yaml": {"jobs/api.py", "jobs/backtest.py", "jobs/cli/group.py", "pipeline/hardware.py"},
+    "yaml": {"jobs/api.py", "jobs/started.py", "jobs/backtest.py", "jobs/cli/group.py", "jobs/reporting/origin.py", "pipeline/hardware.py"},
+    "matplotlib": {"jobs/reporting/plots.py"},
 }
 """Heavy or narrow packages live with their owner."""
 

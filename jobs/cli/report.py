@@ -1,4 +1,4 @@
-"""The command `report`: where the engine seconds of a job went."""
+"""The command `report`: a job as a page, and where its engine seconds went as a table."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ _MIN_WIDTH = 110
 @click.argument("output")
 @storage_option
 @click.option("--raw", metavar="FILE.json", help="What `tokenmill bench engine --json` said of the same model and settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def report(output: str, raw: str | None, as_json: bool) -> None:
-    """Say where every engine second of the job that writes to OUTPUT went, over all its runs, from storage alone.
+@click.option("--html", metavar="PATH", help="Where the page goes, instead of _tokenmill/report.html in OUTPUT.")
+@click.option("--markdown", metavar="PATH", help="Write the same as Markdown there, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON; write only what --html and --markdown name.")
+def report(output: str, raw: str | None, html: str | None, markdown: str | None, as_json: bool) -> None:
+    """Report on the job that writes to OUTPUT, done or not, over all its runs, from storage alone.
+
+    Writes one page, OUTPUT/_tokenmill/report.html, that loads nothing from elsewhere, and prints where every engine second went:
 
     \b
     start           from a replica's spawn until its engine is up
@@ -40,6 +44,7 @@ def report(output: str, raw: str | None, as_json: bool) -> None:
     \b
     Examples:
       tokenmill report out/
+      tokenmill report out/ --html report.html --markdown report.md
       tokenmill report out/ --raw engine.json --json
     """
     from jobs.report import report as report_on
@@ -49,6 +54,11 @@ def report(output: str, raw: str | None, as_json: bool) -> None:
         click.echo(json.dumps(found.to_dict(), indent=1))
     else:
         _print(found)
+    if not as_json or html or markdown:
+        from jobs.reporting.write import write_report
+
+        for uri in write_report(output, raw=raw, html=html, markdown=markdown, page=not as_json or html is not None):
+            click.echo(f"report: {uri}", err=as_json)
 
 
 def _print(found: Report) -> None:
