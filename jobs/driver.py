@@ -25,6 +25,7 @@ from jobs.caps import Caps
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from jobs.cluster.cluster import node_of as node_of
 from jobs.plan import Plan
 from pipeline import storage
 from pipeline.engine.continuous import WIDER
@@ -76,6 +77,8 @@ class Progress:
     failed: dict[int, str] = field(default_factory=dict)
     """Why a unit was given up, by unit."""
     retries: int = 0
+    doubled: int = 0
+    """Units that were run a second time because they held up the end."""
     outcomes: dict[str, int] = field(default_factory=dict)
     began_at: float = 0.0
     """Unix seconds."""
@@ -145,11 +148,6 @@ def slow_unit(flying: Mapping[int, Flying], usual_s: float | None, idle: Sequenc
         return None
     index = min(single, key=lambda each: single[each].since)
     return index if now - single[index].since > max(_SLOW_LEAST_S, _SLOW_FACTOR * usual_s) else None
-
-
-def node_of(replica: str) -> str:
-    """Replicas are named after their node, with a number."""
-    return replica.rpartition("-")[0] or replica
 
 
 def drain_asked_since(out_uri: str, began_at: float) -> bool:
@@ -316,6 +314,7 @@ class Driver:
         if index is not None:
             flight = self._flying[index]
             flight.doubled, flight.copies = True, 2
+            self.progress.doubled += 1
             self._say(f"unit {index} takes long: it is run a second time, on {idle[0].name}; the first to commit wins")
             self._send(flight.unit, idle[0].name)
 

@@ -1,4 +1,4 @@
-"""What Azure's instance metadata service says of this machine: size, spot, scheduled events. Asks quickly; elsewhere there is nobody to ask."""
+"""What Azure's instance metadata service says of this machine: size, spot, scheduled events. Elsewhere there is nobody to ask."""
 
 from __future__ import annotations
 

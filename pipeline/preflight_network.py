@@ -83,7 +83,7 @@ def _all_reduces(order: Order, world: World, device: torch.device, label: str) -
     measured = []
     for size in sizes:
         tensor = torch.ones(size // 4, device=device)
-        seconds = _agreed_seconds(lambda tensor=tensor: distributed.all_reduce(tensor.fill_(1.0)), device, slice_s)  # type: ignore[misc]
+        seconds = _agreed_seconds(lambda tensor=tensor: distributed.all_reduce(tensor.fill_(1.0)), device, slice_s)
         rate = 2 * (world.size - 1) / world.size * size / seconds / GB
         measured.append(
             Measurement(
@@ -130,10 +130,10 @@ def _pairs(order: Order, world: World, rank: int, device: torch.device, label: s
         return []
     whom = ", ".join(f"{rate:.2f} with process {other}" for other, rate in rates.items())
     across = len(set(world.places)) > 1
+    group = "node to node" if across else "process to process"
     return [
         Measurement(
-            pillar="network", group="node to node" if across else "process to process",
-            name=f"{'node to node' if across else 'process to process'} {_size(size)}", device=label, value=max(rates.values()), unit="GB/s",
+            pillar="network", group=group, name=f"{group} {_size(size)}", device=label, value=max(rates.values()), unit="GB/s",
             rate="link" if across else None, detail=f"each way at once; {whom}",
         )
     ]  # fmt: skip

@@ -93,7 +93,7 @@ def rounds(num_places: int, most: int) -> list[list[tuple[int, int]]]:
     """
     circle: list[int | None] = [*range(num_places), *([None] if num_places % 2 else [])]
     found = []
-    for _ in range(min(most, len(circle) - 1)):
+    for _ in range(min(most, len(circle) - 1) if num_places > 1 else 0):
         pairs = zip(circle[: len(circle) // 2], reversed(circle), strict=False)
         found.append([(a, b) for a, b in pairs if a is not None and b is not None])
         circle = [circle[0], circle[-1], *circle[1:-1]]

@@ -146,12 +146,12 @@ def measure_place(place: Place, *, group: str, where: str, seconds: float, most_
         ("create", created / create_s, "objects/s", f"{_SMALL_BYTES} bytes each, {detail}"),
         ("get", got / get_s, "objects/s", f"{_SMALL_BYTES} bytes each, {detail}"),
     )
-    return [
-        Measurement.model_validate(
-            {"pillar": "storage", "group": f"{group} {name}", "name": f"{group} {name}", "device": "node", "value": value, "unit": unit, "detail": text}
-        )
-        for name, value, unit, text in figures
-    ]  # fmt: skip
+    measured = []
+    for act, value, unit, text in figures:
+        name = f"{group} {act}"
+        data = {"pillar": "storage", "group": name, "name": name, "device": "node", "value": value, "unit": unit, "detail": text}
+        measured.append(Measurement.model_validate(data))
+    return measured
 
 
 def _as_many(act: Callable[[int], object], most: int, slice_s: float) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""How long a call takes: called again and again for a while, the median counts. Knows no torch; whoever has a GPU says how to wait for it."""
+"""How long a call takes: called again and again for a while, the median counts. Knows no torch: who has a GPU says how to wait for it."""
 
 from __future__ import annotations
 

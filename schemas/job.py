@@ -183,7 +183,7 @@ class EngineSpec(Frozen):
         return self
 
 
-_OF_ADDRESS = ("address", "rendezvous", "insecure")
+_OF_ADDRESS = ("address", "rendezvous", "insecure", "leave_out")
 _NEEDED_BY_BATCH = ("endpoint", "driver_pool", "worker_pool", "nodes", "image", "identity", "client_id", "keys")
 _OF_BATCH = (*_NEEDED_BY_BATCH[:-1], "scratch", "max_hours")
 
@@ -205,6 +205,8 @@ class ClusterSpec(Frozen):
     as in az://tokenmill-keys, through which the driver hands the keys of each job to its nodes."""
     insecure: bool = False
     """With kind address: plain tcp://, over which whoever reaches a node's ports may run code there."""
+    leave_out: list[str] = []
+    """With kind address: names of nodes that get no unit of this job, as `tokenmill preflight` names slow ones."""
     endpoint: str | None = None
     """With azure-batch: the account, as in https://ACCOUNT.REGION.batch.azure.com."""
     driver_pool: Annotated[str | None, Field(pattern=POOL_ID)] = None

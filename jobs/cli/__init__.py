@@ -6,6 +6,7 @@ from jobs.cli import job as job
 from jobs.cli import model as model
 from jobs.cli import node as node
 from jobs.cli import plan as plan
+from jobs.cli import preflight as preflight
 from jobs.cli import profiles as profiles
 from jobs.cli import rehearse as rehearse
 from jobs.cli import report as report

@@ -24,8 +24,9 @@ from schemas.errors import EXIT_UNITS_FAILED
 @job_options
 @click.option("--deadline", help="Drain in time to be done by then: 8h from now on, or 2026-11-27T06:00:00Z.")
 @click.option("--max-cost", type=float, metavar="USD", help="Drain before the nodes cost more.")
+@click.option("--preflight", is_flag=True, help="With --cluster address: measure the nodes first, and leave slow ones out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-def run(job_file: str | None, as_json: bool, deadline: str | None, max_cost: float | None, **flags: Any) -> None:
+def run(job_file: str | None, as_json: bool, preflight: bool, deadline: str | None, max_cost: float | None, **flags: Any) -> None:
     """Run a job; run it again to go on after a stop.
 
     Ctrl-C drains: units in flight are finished and committed. A second Ctrl-C stops at once.
@@ -41,8 +42,13 @@ def run(job_file: str | None, as_json: bool, deadline: str | None, max_cost: flo
 
     resume = shlex.join(["tokenmill", *sys.argv[1:]])
     limits = {"limits.deadline": deadline, "limits.max_cost_usd": max_cost}
+    job = build_job(job_file, flags, more={field: value for field, value in limits.items() if value is not None})
+    if preflight:
+        from jobs.preflight import without_slow_nodes
+
+        job = without_slow_nodes(job, lambda text: click.echo(text, err=True))
     try:
-        result = run_job(build_job(job_file, flags, more={field: value for field, value in limits.items() if value is not None}))
+        result = run_job(job)
     except StoppedAtOnce:
         click.echo(f"\nstopped at once; committed units stay. To go on: {resume}", err=True)
         # Threads of units in flight may still wait for an engine that is gone; nothing of theirs was committed.
@@ -94,15 +100,23 @@ def verify(output: str, as_json: bool) -> None:
 @main.command()
 @click.argument("output")
 @storage_option
+@click.option("--watch", is_flag=True, help="Go on showing it, live, until it ends.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def status(output: str, as_json: bool) -> None:
+def status(output: str, watch: bool, as_json: bool) -> None:
     """Say how the job that writes to OUTPUT stands, from storage alone.
 
     \b
-    Example:
+    Examples:
       tokenmill status out/
+      tokenmill status out/ --watch
     """
     from dataclasses import asdict
+
+    if watch:
+        from jobs.handle import attach
+
+        job = attach(output).wait()
+        raise click.exceptions.Exit(0 if job.status().state == "complete" else EXIT_UNITS_FAILED)
 
     from jobs.progress import seconds_words
     from jobs.status import read_status

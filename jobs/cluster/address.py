@@ -23,6 +23,7 @@ from distributed.utils import silence_logging_cmgr
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from jobs.cluster.cluster import node_of
 from jobs.cluster.dask_units import DaskUnits
 from jobs.cluster.dask_units import replica_states
 from pipeline import rendezvous
@@ -94,6 +95,11 @@ def changes(before: Sequence[ReplicaState], after: Sequence[ReplicaState]) -> li
     return [f"replica {name} joined" for name in sorted(new - old)] + [f"replica {name} is gone" for name in sorted(old - new)]
 
 
+def kept(workers: Mapping[str, Mapping[str, Any]], leave_out: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Those of other nodes than these."""
+    return {address: info for address, info in workers.items() if node_of(str(info["name"])) not in leave_out}
+
+
 def holders(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """By unit (see pipeline.replica.unit_tag) the replica in which it is in flight, whoever asked for it."""
     return {tag: str(info["name"]) for info in workers.values() for tag in replica_metrics(info).get("units", ())}
@@ -115,6 +121,7 @@ class AddressCluster:
         self._replicas: list[ReplicaState] = []
         self._holders: dict[str, str] = {}
         self._missing: frozenset[str] = frozenset()
+        self._left_out: set[str] = set()
         self._wait_until = 0.0
         self._start_s: dict[str, float] = {}
         self._refusal: BaseException | None = None
@@ -241,16 +248,22 @@ class AddressCluster:
         self._wait_until = time.monotonic() + _RETURN_S
         # Dask's client may come back by itself to another scheduler at the same address, which has forgotten everything.
         while not self._closing.is_set() and client.status == "running" and identity["id"] == me:
-            self._take(identity["workers"], scheduler)
+            self._take(identity["workers"], scheduler, units)
             self._client, self._units = client, units
             self._closing.wait(_POLL_S)
             with contextlib.suppress(OSError, TimeoutError):  # a slow answer is no loss; a loss shows in the client's status
                 identity = _identity(client, timeout_s=_POLL_ANSWER_S)
 
-    def _take(self, workers: Mapping[str, Mapping[str, Any]], scheduler: Mapping[str, str]) -> None:
-        problems = objections(self._needs, scheduler, workers)
+    def _take(self, joined: Mapping[str, Mapping[str, Any]], scheduler: Mapping[str, str], units: DaskUnits) -> None:
+        problems = objections(self._needs, scheduler, joined)
         if problems:
             raise JobError("this cluster cannot run the job:\n  " + "\n  ".join(problems))
+        workers = kept(joined, self._spec.leave_out)
+        if self._spec.leave_out:
+            units.allow({str(info["name"]): address for address, info in workers.items()})
+            for node in sorted({node_of(str(info["name"])) for info in joined.values()} & set(self._spec.leave_out) - self._left_out):
+                self._left_out.add(node)
+                self._note(f"node {node} is left out, as cluster.leave_out says")
         replicas = replica_states(workers)
         self._missing -= {state.name for state in replicas}
         if self._missing and time.monotonic() < self._wait_until:

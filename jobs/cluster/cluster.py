@@ -30,6 +30,11 @@ class ReplicaState:
     """Its EngineInfo as plain data."""
 
 
+def node_of(replica: str) -> str:
+    """Replicas are named after their node, with a number."""
+    return replica.rpartition("-")[0] or replica
+
+
 class Cluster(Protocol):
     """Runs units on replicas."""
 

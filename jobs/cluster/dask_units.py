@@ -50,6 +50,8 @@ class DaskUnits:
         self._client = client
         client.loop.asyncio_loop.set_exception_handler(_quiet)
         self._flying: dict[str, tuple[int, Callable[[Result], None]]] = {}
+        self._allowed: dict[str, str] | None = None
+        self._bound: dict[str, tuple[frozenset[str], Future]] = {}
         self._lock = threading.Lock()
         self._lost: str | None = None
 
@@ -57,6 +59,20 @@ class DaskUnits:
         """Whether a unit is in flight from here."""
         with self._lock:
             return any(flying == index for flying, _ in self._flying.values())
+
+    def allow(self, replicas: Mapping[str, str]) -> None:
+        """From now on units go to these replicas alone, addresses by name. Those bound to others that are gone come back as lost.
+
+        Dask would keep a task for ever whose workers are all gone.
+        """
+        self._allowed = dict(replicas)
+        present = frozenset(replicas.values())
+        with self._lock:
+            stuck = {key: future for key, (addresses, future) in self._bound.items() if not addresses & present}
+        for key, future in stuck.items():
+            self._answer(key, ReplicaLost("every replica that might have run the unit went away"))
+            with contextlib.suppress(Exception):  # of a client that is closed
+                future.cancel()
 
     @property
     def num_flying(self) -> int:
@@ -76,11 +92,22 @@ class DaskUnits:
             done(ReplicaLost(lost))
             return
         where: dict[str, Any] = {"workers": [on], "allow_other_workers": True} if on else {}
+        bound = None
+        if self._allowed is not None:  # Dask knows no preference among a few, so it is one of them or all
+            bound = frozenset([self._allowed[on]] if on in self._allowed else self._allowed.values())
+            if not bound:
+                self._answer(key, ReplicaLost("no replica is there that may run the unit"))
+                return
+            where = {"workers": sorted(bound), "allow_other_workers": False}
         try:
             future = self._client.submit(run_unit_task, out_uri, fingerprint, unit.to_dict(), key=key, retries=0, pure=False, **where)
         except Exception as error:  # a client that closes at this moment says so in many ways
             self._answer(key, ReplicaLost(f"the unit could not be sent: {type(error).__name__}: {error}"))
             return
+        if bound is not None:
+            with self._lock:
+                if key in self._flying:
+                    self._bound[key] = (bound, future)
         future.add_done_callback(self._report)
 
     def lose_all(self, reason: str) -> None:
@@ -100,6 +127,7 @@ class DaskUnits:
     def _answer(self, key: str, result: Result) -> None:
         with self._lock:
             _, done = self._flying.pop(key, (None, None))
+            self._bound.pop(key, None)
         if done is not None:
             done(result)
 

@@ -22,6 +22,7 @@ from jobs.api import run
 from jobs.caps import Caps
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from jobs.cluster.cluster import node_of
 from jobs.driver import Driver
 from jobs.driver import Flying
 from jobs.driver import Progress
@@ -29,7 +30,6 @@ from jobs.driver import Tries
 from jobs.driver import emptiest
 from jobs.driver import may_submit
 from jobs.driver import next_step
-from jobs.driver import node_of
 from jobs.driver import slow_unit
 from jobs.driver import units_at_once
 from jobs.driver import wanted_rows
