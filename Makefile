@@ -41,6 +41,6 @@ long: setup       ## minutes of chaos and of engines; networks cut between names
 
 constraints: setup  ## renew the pinned versions
 	.venv/bin/uv pip compile --quiet --python-version 3.11 --override .ci/overrides.txt \
-		--extra cpu --extra demo --extra bench --extra prepare --extra dashboard --extra dev --no-header --no-annotate \
+		--extra cpu --extra demo --extra bench --extra prepare --extra dashboard --extra notebook --extra dev --no-header --no-annotate \
 		pyproject.toml --output-file .ci/constraints.txt
 	infra/image/lock

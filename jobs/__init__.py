@@ -1,4 +1,4 @@
-"""How work is asked for: plan, drive, verify, report. Notebooks call `jobs.api`; its main names are here too."""
+"""How work is asked for: plan, drive, verify, report. Notebooks call `jobs.run`, `jobs.submit` and `jobs.attach`."""
 
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
@@ -18,10 +18,13 @@ for _name in ("schemas", "pipeline", "jobs"):
         )
 
 _PUBLIC = {
+    "Job": "jobs.handle",
     "JobSpec": "schemas.job",
+    "attach": "jobs.notebook",
     "load_job": "jobs.api",
     "parse_job": "schemas.job",
-    "run": "jobs.api",
+    "run": "jobs.notebook",
+    "submit": "jobs.notebook",
 }
 __all__ = sorted(_PUBLIC)
 

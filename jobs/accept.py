@@ -98,7 +98,8 @@ def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
             f"input.prompt: the model {job.model} has no chat template, which messages, system and chat: true need; "
             "use a text column or template with chat: false, or add chat_template.jinja to the checkpoint"
         )
-    inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/")]
+    staged = storage.join(out_uri, layout.STAGED) + "/"
+    inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/") and not uri.startswith(staged)]
     if inside:
         raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
     first_cut = None if stored else _cut(job, model, {}, plan.num_rows)

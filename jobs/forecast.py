@@ -111,7 +111,7 @@ def node_counts(text: str) -> tuple[int, ...]:
 
 def _canary(report: PlanReport, rows: int, say: Callable[[str], None]) -> Canary:
     job, model = report.accepted.job, report.accepted.model
-    cut = cut_machine(job.engine, model, replicas=job.cluster.replicas)
+    cut = report.accepted.cut or cut_machine(job.engine, model, replicas=job.cluster.replicas)
     requests = read_sample(job, model, rows, max_model_len=model.max_position_embeddings)
     say(f"canary: {len(requests)} rows on {cut.replicas} replica{'s' if cut.replicas > 1 else ''} here")
     began = time.monotonic()

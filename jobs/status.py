@@ -28,6 +28,7 @@ _SAID: dict[str, tuple[type, ...]] = {
     "eta_s": (int, float, type(None)), "failed_units": (dict,), "replicas": (list,),
 }  # fmt: skip
 """What is read of status.json, which anybody may have written."""
+_MAX_EXAMPLES = 3
 _FAR_S = 1e12
 """Seconds beyond any clock, and not NaN."""
 
@@ -63,6 +64,8 @@ def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAcc
         "units_done": progress.done_before + totals.units,
         "rows_done": progress.rows_before + totals.rows,
         "error_rows": totals.error_rows,
+        "errors": totals.errors,
+        "examples": totals.examples[:_MAX_EXAMPLES],
         "prompt_tokens": totals.prompt_tokens,
         "completion_tokens": totals.completion_tokens,
         "output_tokens_per_s": round(speed.tokens_per_s, 1),

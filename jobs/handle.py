@@ -1,0 +1,204 @@
+"""Job: a handle on what writes to one output, from storage alone; what notebooks hold. Any machine, any time, any kind of cluster."""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import Self
+
+import pyarrow as pa
+
+from jobs.live import Live
+from jobs.live import look
+from jobs.outputs import Committed
+from jobs.outputs import committed
+from jobs.outputs import shown_columns
+from jobs.report import Report
+from jobs.report import report as read_job_report
+from jobs.started import Started
+from jobs.status import Status
+from jobs.status import cancel as cancel_job
+from jobs.status import read_status
+from jobs.verify import Verdict
+from jobs.verify import verify as verify_output
+from schemas.errors import EXIT_UNITS_FAILED
+from schemas.errors import EXIT_WRONG_JOB
+from schemas.errors import JobError
+from schemas.errors import TokenmillError
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+
+_LOOK_EVERY_S = 2.0
+_ENDED = ("complete", "failed", "limit", "drained", "interrupted")
+_CELL_CHARACTERS = 300
+
+
+class JobFailed(TokenmillError):
+    """A job's process ended without doing all of it; the message is what it said."""
+
+    def _render_traceback_(self) -> list[str]:
+        """For IPython: the message is all that helps."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A few rows to look at: a table in notebooks, text elsewhere."""
+
+    rows: tuple[dict[str, Any], ...]
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        lines = ["\n".join(f"{name}: {_shown(value)}" for name, value in row.items() if value is not None) for row in self.rows]
+        return "\n\n".join([*lines, self.note] if self.note else lines)
+
+    def _repr_html_(self) -> str:
+        names = list(self.rows[0]) if self.rows else []
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        style = "text-align:left;vertical-align:top;white-space:pre-wrap"
+        cells = "".join(
+            "<tr>" + "".join(f'<td style="{style}">{html.escape(_shown(row[name]))}</td>' for name in names) + "</tr>" for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table><p>{html.escape(self.note)}</p>"
+
+
+class Job:
+    """What writes to one output. Everything but `wait`'s end is read from storage, so `attach` gives as good a handle as `run`."""
+
+    def __init__(self, output: str, started: Started | None = None) -> None:
+        self.output = output
+        """The folder or URI that the job writes to."""
+        self._started = started
+
+    def status(self) -> Status:
+        """How it stands. Raises JobError where there is no job yet, JobFailed where its process ended before there was."""
+        try:
+            return read_status(self.output)
+        except JobError:
+            if self._started is not None and self._started.exit_code is not None:
+                raise self._failure(self._started) from None
+            raise
+
+    def wait(self, timeout_s: float | None = None, *, show: bool = True) -> Self:
+        """Until it ends, or so many seconds, with a live display. An interrupt ends the waiting, not the job.
+
+        Raises JobFailed where it was refused or units failed. Drained or at a limit it is over, too: see `status`.
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        live = Live() if show else None
+        try:
+            while not self._over():
+                if live is not None and (view := look(self.output)) is not None:
+                    live.update(view)
+                if until is not None and time.monotonic() >= until:
+                    return self
+                time.sleep(_LOOK_EVERY_S if until is None else max(0.0, min(_LOOK_EVERY_S, until - time.monotonic())))
+            if live is not None and (view := look(self.output)) is not None:
+                live.update(view)
+        except KeyboardInterrupt:
+            print("the job goes on; .wait() waits again, .cancel() drains it", file=sys.stderr)
+            return self
+        finally:
+            if live is not None:
+                live.close()
+        if self._started is not None and self._started.exit_code in (EXIT_UNITS_FAILED, EXIT_WRONG_JOB):
+            raise self._failure(self._started)
+        return self
+
+    def cancel(self) -> str:
+        """Ask it to drain: what is in flight is finished and committed. Returns the state it was in."""
+        return cancel_job(self.output)
+
+    def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All committed rows in input order; while it runs, those so far, which is said on standard error."""
+        return self._committed().read(columns)
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> pandas.DataFrame:
+        """As to_arrow. Raises JobError where pandas is not installed."""
+        _need("pandas")
+        return self.to_arrow(columns).to_pandas()
+
+    def to_polars(self, columns: Sequence[str] | None = None) -> polars.DataFrame:
+        """As to_arrow. Raises JobError where polars is not installed."""
+        _need("polars")
+        import polars
+
+        frame = polars.from_arrow(self.to_arrow(columns))
+        assert isinstance(frame, polars.DataFrame)
+        return frame
+
+    def errors(self) -> pa.Table:
+        """The committed rows that came out as errors, with all columns."""
+        return self._committed().errors()
+
+    def sample(self, count: int = 5) -> Rows:
+        """Rows from all over what is committed: what was asked and what came."""
+        found = self._committed(say=False)
+        rows = found.spread(count, shown_columns(found))
+        return Rows(tuple(rows), "" if found.whole else _so_far(found))
+
+    def report(self) -> Report:
+        """Where the seconds of its engines went, over all its runs."""
+        return read_job_report(self.output)
+
+    def verify(self) -> Verdict:
+        """Proof that every input row is there once, in order, with its columns."""
+        return verify_output(self.output)
+
+    def log(self, lines: int = 20) -> str:
+        """The last lines of what its process said; empty for a job that was attached to."""
+        return "\n".join(self._started.log_lines(lines)) if self._started is not None else ""
+
+    def __repr__(self) -> str:
+        try:
+            status = read_status(self.output)
+        except JobError:
+            return f"Job({self.output!r}): not begun yet"
+        return f"Job({self.output!r}): {status.state}, {status.rows_done:,} of {status.rows:,} rows"
+
+    def _over(self) -> bool:
+        if self._started is not None:
+            return self._started.exit_code is not None
+        return read_status(self.output).state in _ENDED
+
+    def _committed(self, *, say: bool = True) -> Committed:
+        found = committed(self.output)
+        if say and not found.whole:
+            print(_so_far(found), file=sys.stderr)
+        return found
+
+    def _failure(self, started: Started) -> JobFailed:
+        said = [line for line in started.log_lines(200) if line.startswith("tokenmill:")] or started.log_lines(5)
+        return JobFailed("\n".join(line.removeprefix("tokenmill: ") for line in said) or f"exit code {started.exit_code}, and no word")
+
+
+def attach(output: str) -> Job:
+    """The handle of the job that writes, or wrote, to an output. Raises JobError where there is none."""
+    read_status(output)
+    return Job(output)
+
+
+def _so_far(found: Committed) -> str:
+    return f"so far: {found.rows:,} of {found.rows_planned:,} rows are committed"
+
+
+def _shown(value: object) -> str:
+    text = "" if value is None else str(value)
+    return text if len(text) <= _CELL_CHARACTERS else text[: _CELL_CHARACTERS - 1] + "…"
+
+
+def _need(package: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise JobError(f"{package} is not installed: pip install {package}, or take .to_arrow()")
