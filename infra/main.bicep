@@ -384,8 +384,7 @@ output cluster object = arm64
 output storage object = {
   account_name: storage.outputs.accountName
   credential: {
-    kind: 'managed_identity'
-    client_id: nodeIdentity.outputs.clientId
+    kind: 'default' // who is signed in on the submitter's machine; on nodes their identity, which their tasks name
   }
 }
 
