@@ -8,7 +8,6 @@ import queue
 import statistics
 import threading
 import time
-from collections import Counter
 from collections import defaultdict
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.cluster.cluster import node_of as node_of
+from jobs.load import Load
 from jobs.plan import Plan
 from pipeline import storage
 from pipeline.engine.continuous import WIDER
@@ -44,6 +44,8 @@ from schemas.unit import WorkUnit
 State = Literal["starting", "running", "draining", "complete", "failed", "limit", "drained", "interrupted"]
 
 _TICK_S = 0.5
+_LOOK_EVERY_S = 0.25
+"""At all replicas, whose words are a second old anyway."""
 _CONTROL_EVERY_S = 2.0
 _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2
@@ -91,12 +93,12 @@ class Progress:
     """What the user should hear, in order; whoever shows them takes them out."""
 
 
-def may_submit(units_in_flight: int, rows_in_flight: int, wanted_rows: int, num_replicas: int) -> bool:
+def may_submit(units_in_flight: int, rows_left: int, wanted_rows: int, num_replicas: int) -> bool:
     """Whether one more unit keeps the replicas busy, rather than only waiting on one of them.
 
     Enough rows to fill every replica's window, and two units a replica, so that the next one's reading overlaps.
     """
-    return num_replicas > 0 and (rows_in_flight < wanted_rows or units_in_flight < _MIN_UNITS_PER_REPLICA * num_replicas)
+    return num_replicas > 0 and (rows_left < wanted_rows or units_in_flight < _MIN_UNITS_PER_REPLICA * num_replicas)
 
 
 def wanted_rows(replicas: Sequence[ReplicaState], *, wide: bool, rows_left: int, num_expected: int) -> int:
@@ -111,23 +113,13 @@ def wanted_rows(replicas: Sequence[ReplicaState], *, wide: bool, rows_left: int,
     return max(usual, min(WIDER * usual, share))
 
 
-def emptiest(replicas: Sequence[ReplicaState], flying: Mapping[int, Flying]) -> str | None:
-    """The replica with the fewest rows for its window; a cluster's own guess goes by seconds, which it does not know before the end."""
-    if not replicas:
-        return None
-    rows = Counter[str]()
-    for flight in flying.values():
-        rows[flight.on or ""] += flight.unit.num_rows
-    return min(replicas, key=lambda replica: rows[replica.name] / replica.window_rows).name
-
-
 def units_at_once(plan: Plan, window_rows: int) -> int:
-    """Units that one replica has in flight at most: enough rows for its window, and one unit more.
+    """Units that one replica has in flight at most: enough rows for its window, one that is read, and one whose last rows are under way.
 
     No more threads than that: each keeps what the tokenizer's Rust side caches, 16 of them 45 MB more than 2.
     """
     rows_per_unit = max(1.0, plan.num_rows / len(plan.units))
-    return min(max(math.ceil(window_rows / rows_per_unit) + 1, _MIN_UNITS_PER_REPLICA), _MAX_UNITS_PER_REPLICA)
+    return min(math.ceil(window_rows / rows_per_unit) + 2, _MAX_UNITS_PER_REPLICA)
 
 
 def next_step(error: BaseException, tries: Tries, max_attempts: int) -> Literal["retry", "give_up", "stop"]:
@@ -206,7 +198,9 @@ class Driver:
         self._finished: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
         self._drain = threading.Event()
         self._stop: BaseException | None = None
-        self._rows_in_flight = 0
+        self._load = Load()
+        self._wanted_rows = self._num_nodes = 0
+        self._next_look = -math.inf
         self._rows_left = sum(unit.num_rows for unit in accepted.todo)
         self._next_control = 0.0
         self._began = clock() if began is None else began
@@ -261,12 +255,10 @@ class Driver:
 
     def _look_around(self) -> None:
         progress, now = self.progress, self._clock()
-        progress.replicas = self._cluster.replicas()
-        self._accounts.look({replica.name for replica in progress.replicas}, now)
-        for replica in progress.replicas:
-            progress.engine = progress.engine or replica.engine
-            if replica.ledger is not None:
-                self._accounts.hear(replica.name, replica.ledger, now)
+        # Results may come a hundred a second and replicas be thousands: not at all of them for each.
+        if now >= self._next_look or not progress.replicas:
+            self._next_look = now + _LOOK_EVERY_S
+            self._look_at_replicas(now)
         for note in self._cluster.notes():
             self._say(note)
         if progress.state == "starting" and progress.replicas:
@@ -289,9 +281,21 @@ class Driver:
             _, _, unit = heapq.heappop(self._later)
             self._fly(unit)
 
-    def _look_at_caps(self, now: float) -> None:
+    def _look_at_replicas(self, now: float) -> None:
         progress = self.progress
-        num_nodes = len({node_of(replica.name) for replica in progress.replicas})
+        progress.replicas = replicas = self._cluster.replicas()
+        self._accounts.look({replica.name for replica in replicas}, now)
+        for replica in replicas:
+            progress.engine = progress.engine or replica.engine
+            if replica.ledger is not None:
+                self._accounts.hear(replica.name, replica.ledger, now)
+        self._load.look(replicas)
+        self._num_nodes = len({node_of(replica.name) for replica in replicas})
+        expected = self._cluster.num_replicas
+        self._wanted_rows = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
+
+    def _look_at_caps(self, now: float) -> None:
+        progress, num_nodes = self.progress, self._num_nodes
         progress.usd = self._caps.usd(now - self._began, num_nodes)
         if self._drain.is_set() or not (self._ready or self._later):
             return
@@ -302,9 +306,10 @@ class Driver:
             self.drain()
 
     def _submit(self) -> None:
-        replicas = self.progress.replicas
-        wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=self._cluster.num_replicas)
-        while self._ready and not self._drain.is_set() and may_submit(len(self._flying), self._rows_in_flight, wanted, len(replicas)):
+        num_replicas = len(self.progress.replicas)
+        while self._ready and not self._drain.is_set():
+            if not may_submit(len(self._flying), self._load.rows_left, self._wanted_rows, num_replicas):
+                break
             self._fly(self._ready.pop())
         if self._ready or self._later or self._drain.is_set():
             return
@@ -319,9 +324,9 @@ class Driver:
             self._send(flight.unit, idle[0].name)
 
     def _fly(self, unit: WorkUnit) -> None:
-        on = emptiest(self.progress.replicas, self._flying)
+        on = self._load.emptiest()  # a cluster's own guess goes by seconds, which it does not know before the end
         self._flying[unit.index] = Flying(unit=unit, since=self._clock(), on=on)
-        self._rows_in_flight += unit.num_rows
+        self._load.send(on, unit.num_rows)
         self.progress.units_in_flight = len(self._flying)
         self._send(unit, on)
 
@@ -356,14 +361,17 @@ class Driver:
             flight.copies -= 1
             return  # the other copy is still at it
         del self._flying[index]
-        self._rows_in_flight -= flight.unit.num_rows
         self.progress.units_in_flight = len(self._flying)
         if isinstance(result, BaseException):
+            self._load.take(flight.on, flight.unit.num_rows)
             self._take_failure(flight.unit, result)
         else:
+            report, outcome = UnitReport(**result["report"]), result["outcome"]
+            answered = 0 if outcome == "already" else report.rows - report.resumed_rows - report.error_rows
+            self._load.take(flight.on, flight.unit.num_rows, answered_rows=max(0, answered), by=report.worker)
             self._took_s.append(self._clock() - flight.since)
             self._rows_left -= flight.unit.num_rows
-            self._take_report(UnitReport(**result["report"]), result["outcome"])
+            self._take_report(report, outcome)
 
     def _take_report(self, report: UnitReport, outcome: str) -> None:
         progress = self.progress

@@ -27,7 +27,6 @@ from jobs.driver import Driver
 from jobs.driver import Flying
 from jobs.driver import Progress
 from jobs.driver import Tries
-from jobs.driver import emptiest
 from jobs.driver import may_submit
 from jobs.driver import next_step
 from jobs.driver import slow_unit
@@ -189,16 +188,6 @@ def test_a_failure_is_retried_given_up_or_stops_everything(error: BaseException,
 def test_lost_replicas_cost_no_attempt_but_are_not_endless() -> None:
     assert next_step(ReplicaLost("x"), Tries(losses=29), 1) == "retry"
     assert next_step(ReplicaLost("x"), Tries(losses=30), 1) == "give_up"
-
-
-def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window(accepted: Accepted) -> None:
-    units = accepted.plan.units
-    two = [ReplicaState(name="small", window_rows=16), ReplicaState(name="large", window_rows=64)]
-    flying: dict[int, Flying] = {}
-    for unit in units:
-        flying[unit.index] = Flying(unit=unit, since=0.0, on=emptiest(two, flying))
-    assert Counter(flight.on for flight in flying.values()) == {"small": 2, "large": 8}
-    assert emptiest([], flying) is None
 
 
 IDLE = [ReplicaState(name="idle", window_rows=16)]
@@ -448,10 +437,10 @@ def test_a_run_knows_what_earlier_runs_have_done(make_job: MakeJob, accepted: Ac
 
 @pytest.mark.parametrize(
     ("num_units", "rows", "window_rows", "expected"),
-    [(32, 41, 256, 8), (15, 16, 256, 17), (32, 31_250, 512, 2), (500, 16, 2048, 24), (1, 0, 256, 24)],
+    [(32, 41, 256, 9), (15, 16, 256, 18), (32, 31_250, 512, 3), (500, 16, 2048, 24), (1, 0, 256, 24)],
     ids=["gsm8k", "small units", "units above the window", "no more than the limit", "no rows"],
 )
-def test_units_in_flight_fill_the_window_and_one_more(num_units: int, rows: int, window_rows: int, expected: int) -> None:
+def test_units_in_flight_fill_the_window_and_two_more(num_units: int, rows: int, window_rows: int, expected: int) -> None:
     starts = [rows * unit for unit in range(num_units)]
     ranges = [RowRange(uri="a", identity="1", row_start=start, row_stop=start + rows, position=start) for start in starts]
     plan = Plan(units=tuple(WorkUnit(index=index, ranges=(part,)) for index, part in enumerate(ranges)))

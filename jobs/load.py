@@ -1,0 +1,89 @@
+"""Load: rows that each replica still has before it. Units sent and taken back, and replicas' own counters in; who needs more out.
+
+A unit that is nearly done holds hardly a row, and counted whole would keep its replica from getting the next one while its batch runs
+empty. So rows that a replica has answered are taken off as it says so. Knows no cluster and no clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+
+from jobs.cluster.cluster import ReplicaState
+
+
+class Load:
+    """Owned by one driver. A look costs a little for each replica, everything else the same among a few and among thousands."""
+
+    def __init__(self) -> None:
+        self._sent: Counter[str | None] = Counter()
+        """Rows of units in flight, by the replica that they were meant for."""
+        self._units: Counter[str | None] = Counter()
+        self._heard: dict[str, int] = {}
+        """Rows that a replica's engine has answered since it came up."""
+        self._taken: dict[str, int] = {}
+        """Of those, rows that units in flight have no part in."""
+        self._windows: dict[str, int] = {}
+        """Of the replicas that are there."""
+        self._order: dict[str, int] = {}
+        self._heap: list[tuple[float, int, str]] = []
+        """(rows left by window, place, name); entries that do not hold any more are passed over."""
+        self.rows_left = 0
+        """Of all units in flight."""
+
+    def look(self, replicas: Sequence[ReplicaState]) -> None:
+        """These are there, and this is what they say."""
+        for replica in replicas:
+            name = replica.name
+            if not self._units[name]:
+                self._taken[name] = replica.rows
+            elif replica.rows < self._heard.get(name, 0):
+                self._taken[name] = 0  # a new engine, which begins anew with what is sent to it
+            self._taken.setdefault(name, replica.rows)
+            self._heard[name] = replica.rows
+        self._windows = {replica.name: replica.window_rows for replica in replicas}
+        self._order = {replica.name: place for place, replica in enumerate(replicas)}
+        self._heap = [(self._ratio(name), place, name) for name, place in self._order.items()]
+        heapq.heapify(self._heap)
+        self.rows_left = sum(self.left(name) for name in self._sent)
+
+    def left(self, name: str | None) -> int:
+        """Rows of units in flight that were meant for this replica and that, as far as is known, it has not answered."""
+        if name is None:
+            return self._sent[name]
+        return max(0, self._sent[name] - max(0, self._heard.get(name, 0) - self._taken.get(name, 0)))
+
+    def emptiest(self) -> str | None:
+        """The replica with the fewest rows for its window; None where there is none."""
+        while self._heap:
+            ratio, _, name = self._heap[0]
+            if ratio == self._ratio(name):
+                return name
+            heapq.heappop(self._heap)
+        return None
+
+    def send(self, name: str | None, num_rows: int) -> None:
+        """A unit goes to this replica, or anywhere."""
+        self._change(name, num_rows, 1, 0)
+
+    def take(self, name: str | None, num_rows: int, *, answered_rows: int = 0, by: str | None = None) -> None:
+        """It came back; so many of its rows had gone through an engine, and not always through that of the replica it was meant for."""
+        self._change(name, -num_rows, -1, 0)
+        if answered_rows:
+            self._change(by, 0, 0, answered_rows)
+
+    def _change(self, name: str | None, num_rows: int, num_units: int, answered_rows: int) -> None:
+        before = self.left(name)
+        self._sent[name] += num_rows
+        self._units[name] += num_units
+        if name is not None:
+            self._taken[name] = self._taken.get(name, 0) + answered_rows
+        if not self._units[name]:
+            del self._sent[name], self._units[name]
+        self.rows_left += self.left(name) - before
+        if name in self._order:
+            heapq.heappush(self._heap, (self._ratio(name), self._order[name], name))
+
+    def _ratio(self, name: str) -> float:
+        return self.left(name) / self._windows[name]

@@ -1,0 +1,107 @@
+"""Load: what each replica still has before it, by what was sent, taken back, and heard of its counters."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from jobs.cluster.cluster import ReplicaState
+from jobs.load import Load
+
+
+def replica(name: str, *, window: int = 100, rows: int = 0) -> ReplicaState:
+    return ReplicaState(name=name, window_rows=window, rows=rows)
+
+
+def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window() -> None:
+    load, sent = Load(), Counter[str | None]()
+    load.look([replica("small", window=16), replica("large", window=64)])
+    for _ in range(10):
+        name = load.emptiest()
+        sent[name] += 1
+        load.send(name, 16)
+    assert sent == {"small": 2, "large": 8}
+    assert load.rows_left == 160
+
+
+def test_nobody_is_the_emptiest_of_none() -> None:
+    load = Load()
+    assert load.emptiest() is None
+    load.look([])
+    assert load.emptiest() is None
+
+
+def test_a_unit_that_is_nearly_done_holds_hardly_a_row() -> None:
+    load = Load()
+    load.look([replica("a", rows=5000), replica("b", rows=70)])  # of an earlier job
+    load.send("a", 300)
+    load.send("b", 300)
+    assert (load.left("a"), load.left("b"), load.rows_left) == (300, 300, 600)
+    load.look([replica("a", rows=5290), replica("b", rows=170)])
+    assert (load.left("a"), load.left("b"), load.rows_left) == (10, 200, 210)
+    assert load.emptiest() == "a"
+
+
+def test_a_unit_that_came_back_changes_nothing_for_the_next_one() -> None:
+    load = Load()
+    load.look([replica("a")])
+    load.send("a", 300)
+    load.send("a", 300)
+    load.look([replica("a", rows=350)])
+    assert load.left("a") == 250
+    load.take("a", 300, answered_rows=300, by="a")
+    assert load.left("a") == 250
+    load.look([replica("a", rows=400)])
+    assert load.left("a") == 200
+
+
+def test_a_result_may_be_quicker_than_the_counter_that_tells_of_it() -> None:
+    load = Load()
+    load.look([replica("a")])
+    load.send("a", 300)
+    load.send("a", 300)
+    load.take("a", 300, answered_rows=300, by="a")
+    assert load.left("a") == 300
+    load.look([replica("a", rows=320)])
+    assert load.left("a") == 280
+
+
+def test_a_new_engine_begins_with_all_that_is_sent_to_it() -> None:
+    load = Load()
+    load.look([replica("a", rows=1000)])
+    load.send("a", 300)
+    load.look([replica("a", rows=1200)])
+    assert load.left("a") == 100
+    load.look([replica("a", rows=0)])
+    assert load.left("a") == 300
+
+
+def test_rows_that_another_replica_answered_are_taken_off_its_own_count() -> None:
+    load = Load()
+    load.look([replica("a"), replica("b")])
+    load.send("a", 300)
+    load.send("b", 300)
+    load.look([replica("a", rows=0), replica("b", rows=320)])
+    load.take("a", 300, answered_rows=300, by="b")  # b had it
+    assert (load.left("a"), load.left("b"), load.rows_left) == (0, 280, 280)
+
+
+def test_units_for_replicas_that_are_gone_count_until_they_come_back() -> None:
+    load = Load()
+    load.look([replica("a"), replica("b")])
+    load.send("a", 300)
+    load.send(None, 50)
+    load.look([replica("b")])
+    assert (load.rows_left, load.emptiest()) == (350, "b")
+    load.take("a", 300)
+    load.take(None, 50)
+    assert load.rows_left == 0
+
+
+def test_rows_that_never_pass_through_an_engine_are_forgotten_with_the_last_unit() -> None:
+    load = Load()
+    load.look([replica("a")])
+    load.send("a", 300)
+    load.take("a", 300)  # all of them had been saved by an earlier attempt
+    load.look([replica("a", rows=10)])
+    load.send("a", 100)
+    assert load.left("a") == 100
