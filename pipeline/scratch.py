@@ -21,8 +21,12 @@ from schemas.errors import JobError
 _LOCAL = re.compile(r"Microsoft NVMe Direct Disk( v2)?", re.IGNORECASE)
 """What Azure calls disks of the machine itself; others, the system's among them, come over the network and are never touched."""
 _NAME = "tokenmill"
-_ARRAY = f"/dev/md/{_NAME}"
-_LIST = ("lsblk", "--json", "--bytes", "--paths", "--output", "NAME,TYPE,SIZE,MODEL,FSTYPE,LABEL,MOUNTPOINTS")
+_ARRAY = "/dev/md100"
+"""A number, because links by name are made by udev, which a container does not have."""
+_LIST = ("lsblk", "--json", "--bytes", "--paths", "--output", "NAME,TYPE,SIZE,MODEL,MOUNTPOINTS")
+_PROBE = ("blkid", "--probe", "--output", "export")
+"""Reads the disk itself. lsblk and plain blkid would ask udev, and in a container see no file systems on any disk."""
+_NOTHING_FOUND = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +36,11 @@ class Disk:
     path: str
     size_bytes: int
     model: str
-    fstype: str
+    holds: str
+    """What blkid finds on it: a file system, a part of an array, or partitions; empty for a raw disk."""
     label: str
     in_use: bool
-    """Mounted, or with partitions or an array on it."""
+    """Mounted, or with partitions or an array above it."""
 
     @property
     def is_local(self) -> bool:
@@ -50,18 +55,17 @@ class Plan:
     found: str
 
 
-def make_scratch(folder: str, run: Callable[[Sequence[str]], str] | None = None) -> str:
+def make_scratch(folder: str, run: Callable[[Sequence[str]], str]) -> str:
     """Make `folder` the mount point of all local disks together; a plain folder where there are none. Again: nothing to do.
 
     Returns what it came to. Raises JobError.
     """
-    run = run or _run
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     if os.path.ismount(path):
         said = f"{folder} is mounted already"
     else:
-        plan = plan_scratch(read_disks(json.loads(run(_LIST))), folder)
+        plan = plan_scratch(read_disks(json.loads(run(_LIST)), lambda device: run((*_PROBE, device))), folder)
         for command in plan.commands:
             run(command)
         said = f"{folder}: {plan.found}"
@@ -76,24 +80,25 @@ def open_to_all(folder: Path) -> None:
             path.chmod(0o1777 if path.is_dir() else 0o666)
 
 
-def read_disks(listing: dict[str, Any]) -> list[Disk]:
-    """From lsblk's JSON: disks, and what is on them, once each."""
-    return list({disk.path: disk for device in listing["blockdevices"] for disk in _disks(device)}.values())
+def read_disks(listing: dict[str, Any], probe: Callable[[str], str]) -> list[Disk]:
+    """From lsblk's JSON: disks, and what is on them, once each; `probe` gives what blkid exports of one."""
+    devices = {str(device["name"]): device for top in listing["blockdevices"] for device in _flat(top)}
+    return [_disk(path, device, probe(path)) for path, device in devices.items() if device.get("type") not in ("part", "rom")]
 
 
 def plan_scratch(disks: Sequence[Disk], folder: str) -> Plan:
     """Use what an earlier start made; else take the raw local disks; else none. Never a disk that has anything on it."""
     mount = ("mount", "--options", "noatime")
     for disk in disks:
-        if disk.label == _NAME and disk.fstype == "xfs":
+        if disk.label == _NAME and disk.holds == "xfs":
             return Plan(commands=((*mount, disk.path, folder),), found=f"what an earlier start made of {disk.path}, mounted again")
-    members = [disk.path for disk in disks if disk.fstype == "linux_raid_member" and disk.label.split(":")[-1] == _NAME]
+    members = [disk.path for disk in disks if disk.holds == "linux_raid_member" and disk.label.split(":")[-1] == _NAME]
     if members:
         assemble = ("mdadm", "--assemble", _ARRAY, *members)
         return Plan(
             commands=(assemble, (*mount, _ARRAY, folder)), found=f"the {len(members)} disks that an earlier start joined, mounted again"
         )
-    raw = sorted((disk for disk in disks if disk.is_local and not disk.in_use and not disk.fstype), key=lambda disk: disk.path)
+    raw = sorted((disk for disk in disks if disk.is_local and not disk.in_use and not disk.holds), key=lambda disk: disk.path)
     if not raw:
         return Plan(commands=(), found="no local disk is free; a folder on the disk that is there")
     size = f"{sum(disk.size_bytes for disk in raw) / 1e12:.1f} TB"
@@ -106,27 +111,31 @@ def plan_scratch(disks: Sequence[Disk], folder: str) -> Plan:
     return Plan(commands=commands if len(paths) == 1 else (create, *commands), found=f"{joined}, {size}")
 
 
-def _disks(device: dict[str, Any]) -> Iterator[Disk]:
-    children = device.get("children") or []
-    mounts = [one for one in device.get("mountpoints") or [] if one]
-    yield Disk(
-        path=str(device["name"]),
+def _flat(device: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield device
+    for child in device.get("children") or []:
+        yield from _flat(child)
+
+
+def _disk(path: str, device: dict[str, Any], exported: str) -> Disk:
+    found = dict(line.split("=", 1) for line in exported.splitlines() if "=" in line)
+    return Disk(
+        path=path,
         size_bytes=int(device.get("size") or 0),
         model=str(device.get("model") or "").strip(),
-        fstype=str(device.get("fstype") or ""),
-        label=str(device.get("label") or ""),
-        in_use=bool(children or mounts),
+        holds=found.get("TYPE") or found.get("PTTYPE") or "",
+        label=found.get("LABEL", "").replace("\\", ""),
+        in_use=bool(device.get("children") or [one for one in device.get("mountpoints") or [] if one]),
     )
-    for child in children:
-        yield from _disks(child)
 
 
-def _run(command: Sequence[str]) -> str:
+def run_command(command: Sequence[str]) -> str:
+    """What it prints. Raises JobError."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise JobError(f"{command[0]} is not installed; the worker image has it (infra/image)") from None
-    if done.returncode != 0:
+    if done.returncode != 0 and (command[: len(_PROBE)] != _PROBE or done.returncode != _NOTHING_FOUND):
         why = done.stderr.strip() or done.stdout.strip()
         root = "" if os.geteuid() == 0 else "; this needs root: in a container, --privileged and user 0"
         raise JobError(f"`{' '.join(command)}` ended with {done.returncode}: {why}{root}")

@@ -22,7 +22,7 @@ def problems(versions: Mapping[str, str], packages: Path) -> list[str]:
             found.append(f"{name} is {have}, flashinfer-python is {flashinfer}: FlashInfer would refuse to be imported, or be left out")
     if not (packages / _NVCC).is_file():
         found.append(f"there is no {_NVCC} in {packages}: kernels that are not precompiled could not be compiled; CUDA_HOME points there")
-    found += [f"{name} is not installed" for name in ("tokenmill", "vllm", "ninja") if name not in versions]
+    found += [f"{name} is not installed" for name in ("tokenmill", "vllm", "flashinfer-python", "ninja") if name not in versions]
     return found
 
 

@@ -111,8 +111,9 @@ def node_start(scratch: str, model: str | None) -> None:
     from pipeline.model import resolve_model
     from pipeline.scratch import make_scratch
     from pipeline.scratch import open_to_all
+    from pipeline.scratch import run_command
 
-    click.echo(make_scratch(scratch))
+    click.echo(make_scratch(scratch, run_command))
     cache = Path(scratch) / "cache"
     cache.mkdir(exist_ok=True)
     if model is not None:

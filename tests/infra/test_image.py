@@ -191,6 +191,7 @@ def test_the_build_stops_where_a_node_without_internet_would_lack_something(tmp_
     assert len(problems({name: version for name, version in whole.items() if name != "flashinfer-jit-cache"}, tmp_path)) == 1
     assert len(problems({name: version for name, version in whole.items() if name != "ninja"}, tmp_path)) == 1
     assert len(problems(whole, tmp_path / "elsewhere")) == 1
+    assert "flashinfer-python is not installed" in problems({}, tmp_path)
 
 
 def test_constraints_are_exact_versions_and_name_no_address() -> None:
