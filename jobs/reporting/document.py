@@ -27,8 +27,8 @@ class Table:
     title: str = ""
     num_words: int = 1
     """Columns of words."""
-    num_summary: int = 0
-    """Rows at the end that sum up those above."""
+    folded: bool = False
+    """Whether a page shows it only when asked: a long one."""
     note: str = ""
 
 

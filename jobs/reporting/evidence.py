@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from dataclasses import fields
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,8 @@ from schemas.record import JobRecord
 MAX_SAMPLED_PARTS = 200
 """Whose lengths are read; each is a request or three where the store is remote."""
 _THREADS = 16
-_DICTS = ("finish_reasons", "errors", "examples", "seconds")
+_JSON = frozenset(field.name for field in fields(UnitReport) if field.default_factory in (dict, list))
+"""Fields that the manifest holds as JSON text."""
 
 Counts = npt.NDArray[np.int64]
 
@@ -119,7 +121,7 @@ def _from_manifest(out_uri: str, record: JobRecord, sizes: Mapping[int, int]) ->
             return None
         made = []
         for row in rows:
-            values = {key: json.loads(value) if key in _DICTS else value for key, value in row.items() if key not in ("part", "size_bytes")}
+            values = {key: json.loads(value) if key in _JSON else value for key, value in row.items() if key not in ("part", "size_bytes")}
             made.append(UnitReport(fingerprint=record.fingerprint, **values))
         return made
     except FileNotFoundError:

@@ -36,6 +36,7 @@ class Throughput:
 
     edges_s: Numbers  # (num_buckets + 1)
     tokens_per_s: Numbers  # (num_buckets)
+    rows: Numbers  # (num_buckets + 1), committed by then
     run_begins_s: tuple[float, ...]
     """Of the second run and later ones."""
 
@@ -105,7 +106,7 @@ def throughput(units: Sequence[UnitReport], runs: Sequence[RunAccount], *, num_b
     intervals += list(zip(begun.tolist(), (begun + took_s).tolist(), strict=True))
     spans = active_spans(intervals)
     if not spans:
-        return Throughput(edges_s=np.zeros(1), tokens_per_s=np.zeros(0), run_begins_s=())
+        return Throughput(edges_s=np.zeros(1), tokens_per_s=np.zeros(0), rows=np.zeros(1), run_begins_s=())
     lengths = np.array([stop - start for start, stop in spans])
     offsets = np.concatenate([[0.0], np.cumsum(lengths)])
     clock = np.array([moment for span in spans for moment in span])
@@ -113,10 +114,14 @@ def throughput(units: Sequence[UnitReport], runs: Sequence[RunAccount], *, num_b
     edges_s = np.linspace(0.0, max(float(offsets[-1]), _LEAST_S), num_buckets + 1)
     begun_s = np.interp(begun, clock, under_way)
     made = np.array([float(np.sum(tokens * np.clip((edge - begun_s) / took_s, 0.0, 1.0))) for edge in edges_s])
+    ended_s = np.interp(begun + took_s, clock, under_way)
+    order = np.argsort(ended_s)
+    committed = np.concatenate([[0.0], np.cumsum(np.array([unit.rows for unit in units], dtype=np.float64)[order])])
     later = [float(np.interp(run.began_at, clock, under_way)) for run in runs]
     return Throughput(
         edges_s=edges_s,
         tokens_per_s=np.diff(made) / np.diff(edges_s),
+        rows=committed[np.searchsorted(ended_s[order], edges_s, side="right")],
         run_begins_s=tuple(sorted(later)[1:]),
     )
 

@@ -30,7 +30,7 @@ _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names are data
     "font.family": "DejaVu Sans",  # comes with matplotlib; what is measured, and nearly what is shown
-    "font.size": 10.5,
+    "font.size": 11.5,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _GRID,
@@ -53,22 +53,38 @@ _SPACE = re.compile(r">\s+<")
 _LONG_DECIMALS = re.compile(r"(\d+\.\d{2})\d+")
 
 
-def over_time(edges_s: Numbers, values: Numbers, marks_s: Sequence[float], *, unit: str) -> str:
-    """A rate in steps, over seconds; a line at each mark."""
+def rate(edges_s: Numbers, values: Numbers, marks_s: Sequence[float], *, unit: str) -> str:
+    """In steps, over seconds; a line at each mark."""
     with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure(_HEIGHT)
-        scale, word = (3600.0, "hours") if edges_s[-1] > 3 * 3600 else (60.0, "minutes") if edges_s[-1] > 180 else (1.0, "seconds")
+        figure, axes, scale = _over_time(edges_s, marks_s, unit)
         axes.stairs(values, edges_s / scale, fill=True, color=_MAIN, alpha=0.25)
         axes.stairs(values, edges_s / scale, color=_MAIN, linewidth=1.4, baseline=None)
-        for mark_s in marks_s:
-            axes.axvline(mark_s / scale, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.set_xlim(0, edges_s[-1] / scale)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel(f"{word} under way")
-        axes.set_ylabel(unit)
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(axis="y")
+        axes.set_ylim(0, max(float(values.max(initial=0.0)), 1e-3) * 1.06)
         return _svg(figure)
+
+
+def growth(edges_s: Numbers, values: Numbers, goal: float, marks_s: Sequence[float], *, unit: str) -> str:
+    """What there is at each moment, towards a goal."""
+    with matplotlib.rc_context(_SETTINGS):
+        figure, axes, scale = _over_time(edges_s, marks_s, unit)
+        axes.plot(edges_s / scale, values, color=_OTHER, linewidth=1.8)
+        axes.axhline(goal, color=_INK, linewidth=1.2, linestyle=(0, (1.5, 2)))
+        axes.set_ylim(0, goal * 1.05)
+        return _svg(figure)
+
+
+def _over_time(edges_s: Numbers, marks_s: Sequence[float], unit: str) -> tuple[Figure, Axes, float]:
+    """With the seconds of one unit on the time axis."""
+    figure, axes = _figure(_HEIGHT)
+    scale, word = (3600.0, "hours") if edges_s[-1] > 3 * 3600 else (60.0, "minutes") if edges_s[-1] > 180 else (1.0, "seconds")
+    for mark_s in marks_s:
+        axes.axvline(mark_s / scale, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, edges_s[-1] / scale)
+    axes.set_xlabel(f"{word} under way")
+    axes.set_ylabel(unit)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y")
+    return figure, axes, scale
 
 
 def stacked(seconds: Mapping[str, Mapping[str, float]]) -> str:

@@ -8,6 +8,9 @@ from datetime import UTC
 from datetime import datetime
 
 from jobs.progress import seconds_words
+from jobs.report import per_second
+from jobs.report import share_of_raw
+from jobs.report import statistics_of
 from jobs.reporting import figures
 from jobs.reporting import plots
 from jobs.reporting.document import Document
@@ -19,9 +22,6 @@ from jobs.reporting.document import Tone
 from jobs.reporting.evidence import Counts
 from jobs.reporting.evidence import Evidence
 from jobs.reporting.origin import provenance
-from jobs.report import per_second
-from jobs.report import share_of_raw
-from jobs.report import statistics_of
 from jobs.spread import STATISTICS
 from schemas.ledger import KINDS
 from schemas.ledger import ReplicaAccount
@@ -153,8 +153,16 @@ def throughput(evidence: Evidence) -> Section | None:
     )
     if found.run_begins_s:
         says += " Pauses between runs are left out; dashed lines are where runs begin."
-    svg = plots.over_time(found.edges_s, found.tokens_per_s, found.run_begins_s, unit="output tokens/s")
-    return Section(title="Throughput over time", plots=(Plot(title="Output tokens/s", says=says, svg=svg),))
+    done, goal = float(found.rows[-1]), evidence.status.rows
+    drawn = (
+        Plot(title="Output tokens/s", says=says, svg=plots.rate(found.edges_s, found.tokens_per_s, found.run_begins_s, unit="tokens/s")),
+        Plot(
+            title="Rows committed",
+            says=f"{done:,.0f} of {goal:,} rows, the dotted line, by units.",
+            svg=plots.growth(found.edges_s, found.rows, goal, found.run_begins_s, unit="rows"),
+        ),
+    )
+    return Section(title="Throughput over time", plots=drawn)
 
 
 def ledger(evidence: Evidence) -> Section:
@@ -171,39 +179,40 @@ def ledger(evidence: Evidence) -> Section:
     return Section(
         title="Engine seconds",
         words=(
-            "Every second of every replica is of one kind: start, until the engine is up; busy, the batch at least half full; starved, under "
-            "half full while more rows came later; commit-blocked, the same while units wrote and none read; tail, when no more rows came; "
-            "lost, for what was thrown away or made again.",
+            "Every second of every replica is of one kind. start: until its engine is up. busy: its batch at least half full. starved: "
+            "under half full, or empty, and more rows came later. commit-blocked: the same while its units wrote and none read. tail: "
+            "likewise when no more rows came. lost: for what was thrown away or made again, and what dead processes took with them.",
         ),
         plots=(Plot(title="Seconds by kind", says=says + ".", svg=svg, legend=legend),) if replicas else (),
-        tables=(_ledger_table(replicas),),
+        tables=(_spread_table(replicas), _ledger_table(replicas)) if replicas else (),
+    )
+
+
+def _spread_table(replicas: Sequence[ReplicaAccount]) -> Table:
+    """The statistics of every column of the ledger, a row each."""
+    columns = statistics_of(replicas)
+    words = {"lifetime_s": "seconds", **_KIND_WORDS, "output_tokens": "output tokens", "output_tokens_per_s": "tokens/s"}
+    return Table(
+        title="Over replicas",
+        columns=("", *STATISTICS),
+        rows=tuple((word, *(number(columns[key][name]) for name in STATISTICS)) for key, word in words.items()),
     )
 
 
 def _ledger_table(replicas: Sequence[ReplicaAccount]) -> Table:
-    columns = statistics_of(replicas)
-    rows = [
-        (
-            replica.name,
-            *(f"{seconds:,.1f}" for seconds in (replica.lifetime_s, *(replica.seconds.get(kind, 0.0) for kind in KINDS))),
-            f"{replica.output_tokens:,}",
-            number(per_second(replica.output_tokens, replica.lifetime_s)),
-        )
-        for replica in replicas[:MAX_ROWS]
-    ]
-    sums = [
-        (
-            name,
-            *(f"{columns[key][name]:,.1f}" for key in ("lifetime_s", *KINDS)),
-            f"{columns['output_tokens'][name]:,.0f}",
-            number(columns["output_tokens_per_s"][name]),
-        )
-        for name in (STATISTICS if columns else ())
-    ]
     return Table(
+        title="Each replica",
         columns=("replica", "seconds", *_KIND_WORDS.values(), "output tokens", "tokens/s"),
-        rows=(*rows, *sums),
-        num_summary=len(sums),
+        rows=tuple(
+            (
+                replica.name,
+                *(f"{seconds:,.1f}" for seconds in (replica.lifetime_s, *(replica.seconds.get(kind, 0.0) for kind in KINDS))),
+                f"{replica.output_tokens:,}",
+                number(per_second(replica.output_tokens, replica.lifetime_s)),
+            )
+            for replica in replicas[:MAX_ROWS]
+        ),
+        folded=len(replicas) > MAX_BARS,
         note=_cut_note(len(replicas), "replicas"),
     )
 
@@ -228,7 +237,8 @@ def balance(evidence: Evidence) -> Section | None:
         spread += f" Drawn are the {MAX_BARS // 2} with the fewest and the {MAX_BARS // 2} with the most of {len(shares):,}."
     svg = plots.bars({share.name: float(share.output_tokens) for share in drawn}, unit="output tokens", mean=True)
     table = Table(
-        columns=(what, "replicas", "units", "rows", "output tokens", "of the mean", "busy"),
+        title=f"Each {what}",
+        columns=(what, "replicas", "units", "rows", "tokens", "of mean", "busy"),
         rows=tuple(
             (
                 share.name,
@@ -241,6 +251,7 @@ def balance(evidence: Evidence) -> Section | None:
             )
             for share in shares[:MAX_ROWS]
         ),
+        folded=len(shares) > MAX_BARS,
         note=_cut_note(len(shares), f"{what}s"),
     )
     return Section(title=f"Balance between {what}s", plots=(Plot(title=f"Output tokens by {what}", says=spread, svg=svg),), tables=(table,))
@@ -251,7 +262,8 @@ def lengths(evidence: Evidence) -> Section | None:
     if not found.completion.size:
         return None
     sampled = (
-        f"Of the {found.completion.size:,} rows with a completion in {found.num_parts:,} of {found.of_parts:,} parts, evenly over the table: a sample."
+        f"A sample: the {found.completion.size:,} rows with a completion in {found.num_parts:,} of {found.of_parts:,} parts, "
+        "evenly over the table."
         if found.num_parts < found.of_parts
         else f"Of all {found.completion.size:,} committed rows that have a completion."
     )
@@ -266,7 +278,8 @@ def _histogram(what: str, tokens: Counts) -> Plot:
     bins = figures.histogram(tokens)
     ranked = sorted(tokens.tolist())
     median, ninety_nine = ranked[len(ranked) // 2], ranked[min(len(ranked) - 1, len(ranked) * 99 // 100)]
-    says = f"{ranked[0]:,} to {ranked[-1]:,} tokens, median {median:,}, mean {sum(ranked) / len(ranked):,.1f}, 99th percentile {ninety_nine:,}."
+    mean = sum(ranked) / len(ranked)
+    says = f"{ranked[0]:,} to {ranked[-1]:,} tokens, median {median:,}, mean {mean:,.1f}, 99th percentile {ninety_nine:,}."
     svg = plots.histogram(bins.edges.tolist(), bins.rows.tolist(), unit=f"{what.lower()} tokens")
     return Plot(title=f"{what} lengths", says=says, svg=svg)
 

@@ -160,10 +160,12 @@ def _account(rng: random.Random, reports: list[UnitReport], fingerprint: str, na
     return RunAccount.model_validate(
         {
             "run": "20261118T112000Z-0000000a", "fingerprint": fingerprint, "state": "complete" if over else "running", "host": "driver-0",
-            "whole": over, "began_at": _BEGAN_AT, "ended_at": ended_at if over else time.time(), "elapsed_s": elapsed_s, "units": len(reports),
-            "rows": sum(report.rows for report in reports), "error_rows": sum(report.error_rows for report in reports),
+            "whole": over, "began_at": _BEGAN_AT, "ended_at": ended_at if over else time.time(), "elapsed_s": elapsed_s,
+            "units": len(reports), "rows": sum(report.rows for report in reports),
+            "error_rows": sum(report.error_rows for report in reports),
             "prompt_tokens": sum(report.prompt_tokens for report in reports), "output_tokens": tokens, "retries": 12,
-            "profile": "nd96isr-h100-v5", "engine": {"kind": "simulated", "version": "1", "dtype": "float32", "options": {"max_num_seqs": 256}},
+            "profile": "nd96isr-h100-v5",
+            "engine": {"kind": "simulated", "version": "1", "dtype": "float32", "options": {"max_num_seqs": 256}},
             "versions": {"tokenmill": "0.1.0", "distributed": "2026.3", "python": "3.11"}, "replicas": tuple(made),
         }
     )  # fmt: skip
