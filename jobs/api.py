@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from typing import Self
@@ -27,7 +28,10 @@ from jobs.driver import Progress
 from jobs.driver import units_at_once
 from jobs.finish import finish
 from jobs.finish import read_reports
+from jobs.outputs import committed
+from jobs.outputs import shown_columns
 from jobs.plan import Taken
+from jobs.plan import canary_units
 from jobs.progress import Display
 from jobs.progress import Speed
 from jobs.progress import SpeedMeter
@@ -60,6 +64,8 @@ __all__ = ["PlanReport", "RunResult", "StoppedAtOnce", "cancel", "load_job", "pl
 
 _STATUS_EVERY_S = 5.0
 _YAML_CHARACTERS = 500
+_CANARY_SHOWN = 5
+_CANARY_CHARACTERS = 300
 _EXIT_CODES = {"complete": EXIT_COMPLETE, "failed": EXIT_UNITS_FAILED, "limit": EXIT_LIMIT_REACHED, "drained": EXIT_DRAINED}
 
 
@@ -249,6 +255,7 @@ def _node_price(accepted: Accepted) -> float | None:
 def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, interrupts: _Interrupts, cluster: Cluster) -> None:
     meter = SpeedMeter()
     progress, next_status, status_failed = driver.progress, 0.0, False
+    shown: list[bool] = []
 
     def tell_storage(speed: Speed) -> None:
         """The status is for people; that it cannot be written stops nothing."""
@@ -265,6 +272,10 @@ def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, in
         nonlocal next_status
         while progress.notes:
             display.say(progress.notes.pop(0))
+        if progress.canary == "done" and not shown:
+            shown.append(True)
+            with _spoken("the canary's rows", display):
+                _show_canary(accepted, display)
         speed = meter.measure(progress)
         display.update(progress, speed)
         if time.monotonic() >= next_status:
@@ -287,6 +298,17 @@ def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, in
         if watch is not None:
             watch.close()
         tell_storage(Speed())
+
+
+def _show_canary(accepted: Accepted, display: Display) -> None:
+    """A few of its rows, for people: on the user's own terminal, never in a log of ours."""
+    first = canary_units(accepted.plan, accepted.job.canary)
+    found = committed(accepted.out_uri)
+    found = replace(found, units=tuple(unit for unit in found.units if unit.index in first))
+    display.say(f"canary: {found.rows:,} rows are done; some of them:")
+    for row in found.spread(_CANARY_SHOWN, shown_columns(found)):
+        words = [f"{name}: {str(value)[:_CANARY_CHARACTERS]}" for name, value in row.items() if value is not None]
+        display.say("  " + "\n    ".join(words))
 
 
 def _say_beginning(accepted: Accepted, display: Display) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 
 from jobs.accept import Accepted
 from jobs.accounts import Accounts
+from jobs.brake import tripped
 from jobs.caps import Caps
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
@@ -27,6 +28,7 @@ from jobs.cluster.cluster import Result
 from jobs.cluster.cluster import node_of as node_of
 from jobs.load import Load
 from jobs.plan import Plan
+from jobs.plan import canary_units
 from pipeline import storage
 from pipeline.engine.continuous import WIDER
 from schemas import layout
@@ -87,6 +89,8 @@ class Progress:
     dashboard: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
     """The EngineInfo of the replica heard of first, as plain data."""
+    canary: Literal["", "running", "done"] = ""
+    """Whether rows that run first are still at it."""
     usd: float | None = None
     """What this run's nodes have cost, where their price is known."""
     notes: list[str] = field(default_factory=list)
@@ -190,7 +194,10 @@ class Driver:
         """Engine seconds, and what is capped, count from `began` on the clock; by default from now."""
         self._accepted, self._cluster, self._clock = accepted, cluster, clock
         self._job = accepted.job
-        self._ready: list[WorkUnit] = list(reversed(accepted.todo))
+        canary = canary_units(accepted.plan, accepted.job.canary)
+        first = [unit for unit in accepted.todo if unit.index in canary]
+        self._held = [unit for unit in accepted.todo if unit.index not in canary] if first else []
+        self._ready: list[WorkUnit] = list(reversed(first or accepted.todo))
         self._later: list[tuple[float, int, WorkUnit]] = []  # (when, unit index, unit): a heap
         self._flying: dict[int, Flying] = {}
         self._tries: defaultdict[int, Tries] = defaultdict(Tries)
@@ -216,6 +223,7 @@ class Driver:
             rows_before=sum(unit.num_rows for unit in plan.units if unit.index in accepted.done),
             began_at=time.time(),
             dashboard=cluster.dashboard,
+            canary="running" if self._held else "",
         )
 
     def drain(self) -> None:
@@ -232,7 +240,8 @@ class Driver:
         while True:
             self._look_around()
             self._submit()
-            if not self._flying and (self._drain.is_set() or not (self._ready or self._later)):
+            idle = not self._flying and not (self._ready or self._later)
+            if not self._flying and (self._drain.is_set() or (idle and not self._release())):
                 break
             self._collect()
             on_tick(progress)
@@ -242,16 +251,20 @@ class Driver:
         on_tick(progress)
         return progress
 
+    def _release(self) -> bool:
+        """What waited for the canary, now that it is done and its rows were judged; whether there was anything."""
+        held, self._held = self._held, []
+        if held:
+            self._ready = list(reversed(held))
+            self.progress.canary = "done"
+        return bool(held)
+
     def _final_state(self) -> State:
         if self.progress.failed:
             return "failed"
-        if not (self._ready or self._later):
+        if not (self._ready or self._later or self._held):
             return "complete"
-        return "limit" if self._over_limit() or self._capped else "drained"
-
-    def _over_limit(self) -> bool:
-        limit = self._job.limits.error_rows
-        return limit is not None and self.progress.totals.error_rows > limit
+        return "limit" if self._capped else "drained"
 
     def _look_around(self) -> None:
         progress, now = self.progress, self._clock()
@@ -268,11 +281,6 @@ class Driver:
             if drain_asked_since(self._accepted.out_uri, progress.began_at):
                 self._say("`tokenmill cancel` asked this job to drain")
                 self.drain()
-        if self._over_limit() and not self._drain.is_set():
-            self._say(
-                f"limits.error_rows is {self._job.limits.error_rows}, and {progress.totals.error_rows} rows came out as errors: draining"
-            )
-            self.drain()
         self._look_at_caps(now)
         if self._drain.is_set() and progress.state in ("starting", "running"):
             progress.state = "draining"
@@ -297,10 +305,11 @@ class Driver:
     def _look_at_caps(self, now: float) -> None:
         progress, num_nodes = self.progress, self._num_nodes
         progress.usd = self._caps.usd(now - self._began, num_nodes)
-        if self._drain.is_set() or not (self._ready or self._later):
+        if self._drain.is_set() or not (self._ready or self._later or self._held):
             return
         usual_s = statistics.median(self._took_s) if self._took_s else 0.0
-        if reason := self._caps.reached(now - self._began, num_nodes, usual_s):
+        reason = tripped(self._job.limits, progress.totals) or self._caps.reached(now - self._began, num_nodes, usual_s)
+        if reason is not None:
             self._capped = True
             self._say(f"{reason}: draining; the same command with a higher limit goes on")
             self.drain()

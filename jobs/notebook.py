@@ -34,6 +34,7 @@ _FIELDS = {
     "profile": "engine.profile",
     "cluster": "cluster.kind",
     "replicas": "cluster.replicas",
+    "canary": "canary",
 }
 """Flat keywords, as the command line has them; any other is a section of the job file, as a mapping."""
 _SECTIONS = ("input", "output", "sampling", "engine", "cluster", "limits", "storage")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -36,6 +38,7 @@ _MAX_UNIT_TOKENS = 4_000_000
 _MAX_UNIT_BYTES = 64 << 20
 _MIN_UNIT_ROWS = 16
 _FOOTER_THREADS = 16
+_CANARY_STRATA = 8
 
 _FIELDS: list[pa.Field[Any]] = [
     pa.field("unit", pa.int64()),
@@ -178,7 +181,7 @@ def make_plan(job: JobSpec, taken: Taken = frozenset()) -> tuple[Plan, pa.Schema
         raise JobError(f"input.uri: none of the {len(skipped)} files can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
     schema = common_schema(objects, job.input)
     skipped += [(item.uri, "it has no rows") for item in objects if not item.num_rows]
-    return Plan(units=cut(objects, max_tokens=job.sampling.max_tokens), skipped=tuple(skipped)), schema
+    return Plan(units=cut(objects, max_tokens=job.sampling.max_tokens, canary=job.canary), skipped=tuple(skipped)), schema
 
 
 def _look_at(uri: str, wanted: set[str]) -> InputObject | tuple[str, str]:
@@ -246,13 +249,34 @@ def _difference(first: pa.Schema, other: pa.Schema) -> str:
     return f"it also has column {extra[0]!r}" if extra else f"its columns are in another order: {', '.join(other.names)}"
 
 
-def cut(objects: Iterable[InputObject], *, max_tokens: int) -> tuple[WorkUnit, ...]:
-    """Row ranges of about equal work: small objects are joined, a giant row group is split."""
+def canary_rows(num_rows: int, canary: int | None) -> list[range]:
+    """Positions of the rows that run first, some in each of eight parts of the table; none where they would be all of it."""
+    if canary is None or canary >= num_rows:
+        return []
+    strata = min(_CANARY_STRATA, canary)
+    starts = [index * num_rows // strata for index in range(strata)]
+    sizes = [canary // strata + (index < canary % strata) for index in range(strata)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def canary_units(plan: Plan, canary: int | None) -> frozenset[int]:
+    """Units that hold such rows and no others, as `cut` makes them."""
+    wanted = canary_rows(plan.num_rows, canary)
+    return frozenset(
+        unit.index
+        for unit in plan.units
+        if unit.num_rows and any(rows.start <= unit.position and unit.position + unit.num_rows <= rows.stop for rows in wanted)
+    )
+
+
+def cut(objects: Iterable[InputObject], *, max_tokens: int, canary: int | None = None) -> tuple[WorkUnit, ...]:
+    """Row ranges of about equal work: small objects are joined, a giant row group is split; a canary's rows are units of their own."""
     objects = list(objects)
     groups = [group for item in objects for group in item.row_groups]
     total = sum(_tokens(group, max_tokens) for group in groups)
     target = min(total / _MIN_UNITS, _MAX_UNIT_TOKENS)
-    maker = _Maker(target_tokens=target, max_tokens=max_tokens)
+    edges = {edge for rows in canary_rows(sum(group.num_rows for group in groups), canary) for edge in (rows.start, rows.stop)}
+    maker = _Maker(target_tokens=target, max_tokens=max_tokens, edges=sorted(edges))
     for item in objects:
         maker.add(item)
     return maker.finish()
@@ -265,8 +289,10 @@ def _tokens(group: RowGroup, max_tokens: int) -> float:
 class _Maker:
     """Fills one unit after the other. Owns the unit being filled."""
 
-    def __init__(self, *, target_tokens: float, max_tokens: int) -> None:
+    def __init__(self, *, target_tokens: float, max_tokens: int, edges: Sequence[int] = ()) -> None:
+        """No unit goes over an edge, a position in the table."""
         self._target_tokens, self._max_tokens = target_tokens, max_tokens
+        self._edges = deque(edge for edge in edges if edge)
         self._units: list[WorkUnit] = []
         self._ranges: list[RowRange] = []
         self._rows = self._position = 0
@@ -281,7 +307,8 @@ class _Maker:
             row_bytes = group.size_bytes / group.num_rows
             left = group.num_rows
             while left:
-                taken = min(left, self._room(row_tokens, row_bytes))
+                edge = self._edges[0] if self._edges else math.inf
+                taken = int(min(left, self._room(row_tokens, row_bytes), edge - self._position))
                 if not taken:
                     self._close()
                     continue
@@ -289,7 +316,10 @@ class _Maker:
                 self._tokens += taken * row_tokens
                 self._bytes += taken * row_bytes
                 start, left = start + taken, left - taken
-                if self._room(row_tokens, row_bytes) < 1:
+                if self._position == edge:
+                    self._edges.popleft()
+                    self._close()
+                elif self._room(row_tokens, row_bytes) < 1:
                     self._close()
 
     def finish(self) -> tuple[WorkUnit, ...]:

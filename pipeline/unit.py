@@ -23,6 +23,7 @@ from pipeline.commit import PartWriter
 from pipeline.commit import commit
 from pipeline.commit import concat
 from pipeline.commit import read_report
+from pipeline.flaws import Flaws
 from pipeline.isolate import Trial
 from pipeline.isolate import guilty
 from pipeline.isolate import next_trial
@@ -35,6 +36,7 @@ from pipeline.tools import Tools
 from pipeline.unit_pass import Chunk
 from pipeline.unit_pass import Pass
 from schemas.completions import ADDED
+from schemas.completions import COMPLETION
 from schemas.completions import COMPLETION_TOKENS
 from schemas.completions import ERROR
 from schemas.completions import FINISH_REASON
@@ -48,12 +50,14 @@ from schemas.errors import EngineDead
 from schemas.errors import EngineEvicted
 from schemas.errors import ReplicaLost
 from schemas.errors import UnitError
+from schemas.job import JobSpec
 from schemas.manifest import MAX_EXAMPLES
 from schemas.manifest import UnitReport
 from schemas.unit import WorkUnit
 
 # Columns by number: their names may carry a prefix.
 _FINISH_REASON, _PROMPT_TOKENS = ADDED.index(FINISH_REASON), ADDED.index(PROMPT_TOKENS)
+_COMPLETION = ADDED.index(COMPLETION)
 _COMPLETION_TOKENS, _ERROR = ADDED.index(COMPLETION_TOKENS), ADDED.index(ERROR)
 _EXAMPLE_CHARACTERS = 160
 
@@ -76,7 +80,7 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
     while (trial := next_trial(_left(unit, history), history.deaths)) is not None:
         history = _try(trial, unit, out_uri, tools, history, clock)
     schema = output_schema(tools.record.input_schema, tools.job)
-    writer, tally = PartWriter(schema, tools.job.output.compression), _Tally()
+    writer, tally = PartWriter(schema, tools.job.output.compression), _Tally(flaws=Flaws(wants_json=_wants_json(tools.job)))
     walk = Pass(unit, tools, history, out_uri, clock)
     try:
         for chunk in walk.run():
@@ -113,6 +117,8 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
         resumed_tokens=earlier_tokens,
         copied_rows=walk.copied_rows,
         copied_tokens=walk.copied_tokens,
+        flaws=dict(tally.flaws.counts),
+        flagged=tally.flaws.flagged,
     )
     others = [engine for engine in history.engines if engine != tools.provenance.get("engine")]
     provenance = {**tools.provenance, **({"resumed_from": others} if others else {})}
@@ -166,6 +172,13 @@ def _save(error: EngineDead, walk: Pass, positions: Sequence[int], rows: pa.Reco
     raise error
 
 
+def _wants_json(job: JobSpec) -> bool:
+    """Whether completions should be JSON: the job says so, or judges it."""
+    structured = job.sampling.structured_outputs
+    asked = structured is not None and (structured.json_ is not None or bool(structured.json_object))
+    return asked or (job.limits.quality is not None and job.limits.quality.invalid_json is not None)
+
+
 class _Finished:
     """Rows that a pass generated, as they will stand in the output. Grows."""
 
@@ -185,6 +198,7 @@ class _Finished:
 class _Tally:
     """Counts over a unit's output rows, and their digest."""
 
+    flaws: Flaws
     prompt_tokens: int = 0
     completion_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
@@ -196,7 +210,9 @@ class _Tally:
         self.digest.update(added.columns)
         self.prompt_tokens += int(pc.sum(added.column(_PROMPT_TOKENS)).as_py() or 0)
         self.completion_tokens += int(pc.sum(added.column(_COMPLETION_TOKENS)).as_py() or 0)
-        self.finish_reasons.update(map(str, added.column(_FINISH_REASON).to_pylist()))
+        reasons = [str(reason) for reason in added.column(_FINISH_REASON).to_pylist()]
+        self.finish_reasons.update(reasons)
+        self.flaws.add(position, added.column(_COMPLETION).to_pylist(), reasons)
         for row, error in enumerate(added.column(_ERROR).to_pylist()):
             if error is None:
                 continue

@@ -26,6 +26,7 @@ from schemas.batch import check_keys_apart
 from schemas.batch import check_reachable
 from schemas.errors import JobError
 from schemas.errors import describe_validation
+from schemas.quality import QualitySpec
 from schemas.sampling import Frozen
 from schemas.sampling import Sampling
 from schemas.storage import Commit
@@ -283,6 +284,8 @@ class LimitsSpec(Frozen):
     """An engine that has rows and makes no step for so many seconds hangs: its process is ended and started again."""
     error_rows: int | None = Field(default=None, ge=0)
     """Start no further work, and end with exit code 3, once more rows than this came out as errors in one run."""
+    quality: QualitySpec | None = None
+    """Likewise when too many rows are bad: shares of errors, truncated, repeated or invalid_json."""
     deadline: str | None = None
     """Likewise when a run would not be done with what it begins by then: a length of time since its command, as in 8h, or a moment
     with its zone, as in 2026-11-27T06:00:00Z. What is in flight is finished and committed."""
@@ -305,6 +308,8 @@ class JobSpec(Frozen):
     sampling: Sampling = Sampling()
     engine: EngineSpec = EngineSpec()
     cluster: ClusterSpec = ClusterSpec()
+    canary: int | None = Field(default=None, ge=1)
+    """Rows from all over the table that are run first, and shown, before the rest begins."""
     limits: LimitsSpec = LimitsSpec()
     storage: StorageSpec | None = None
     """How Azure storage is reached; names secrets, and holds none."""

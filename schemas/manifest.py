@@ -53,6 +53,10 @@ class UnitReport:
     """Rows answered with what was generated for an identical greedy row."""
     copied_tokens: int = 0
     """Their completion tokens."""
+    flaws: dict[str, int] = field(default_factory=dict)
+    """Rows by what is wrong with their text; see pipeline.flaws."""
+    flagged: dict[str, list[int]] = field(default_factory=dict)
+    """The first of them: positions in the input table."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -83,6 +87,8 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("resumed_tokens", pa.int64()),
     pa.field("copied_rows", pa.int64()),
     pa.field("copied_tokens", pa.int64()),
+    pa.field("flaws", pa.string()),
+    pa.field("flagged", pa.string()),
 ]
 MANIFEST_SCHEMA = pa.schema(_FIELDS)
 """One row a unit; the dicts as JSON text. The file's metadata holds the fingerprint and what it covers."""
@@ -94,7 +100,7 @@ def manifest_table(parts: Iterable[tuple[UnitReport, str, int]], metadata: dict[
     for report, name, size in sorted(parts, key=lambda part: part[0].unit):
         row = asdict(report)
         row.pop("fingerprint")
-        for key in ("finish_reasons", "errors", "examples", "seconds"):
+        for key in ("finish_reasons", "errors", "examples", "seconds", "flaws", "flagged"):
             row[key] = json.dumps(row[key])
         rows.append({**row, "part": name, "size_bytes": size})
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA).replace_schema_metadata(metadata)
@@ -115,6 +121,8 @@ class Totals:
     finish_reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    flaws: dict[str, int] = field(default_factory=dict)
+    flagged: dict[str, list[int]] = field(default_factory=dict)
     started_at: float | None = None
     finished_at: float | None = None
 
@@ -126,11 +134,14 @@ class Totals:
         self.completion_tokens += report.completion_tokens
         self.copied_rows += report.copied_rows
         self.copied_tokens += report.copied_tokens
-        for mine, theirs in ((self.errors, report.errors), (self.finish_reasons, report.finish_reasons)):
+        pairs = ((self.errors, report.errors), (self.finish_reasons, report.finish_reasons), (self.flaws, report.flaws))
+        for mine, theirs in pairs:
             for key, count in theirs.items():
                 mine[key] = mine.get(key, 0) + count
         for key, seconds in report.seconds.items():
             self.seconds[key] = self.seconds.get(key, 0.0) + seconds
+        for flaw, rows in report.flagged.items():
+            self.flagged[flaw] = [*self.flagged.get(flaw, []), *rows][:MAX_EXAMPLES]
         # One example a kind: the summary shows what each kind looks like, not a list of rows.
         seen = {example["kind"] for example in self.examples}
         for example in report.examples:

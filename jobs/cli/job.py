@@ -25,8 +25,11 @@ from schemas.errors import EXIT_UNITS_FAILED
 @click.option("--deadline", help="Drain in time to be done by then: 8h from now on, or 2026-11-27T06:00:00Z.")
 @click.option("--max-cost", type=float, metavar="USD", help="Drain before the nodes cost more.")
 @click.option("--preflight", is_flag=True, help="With --cluster address: measure the nodes first, and leave slow ones out.")
+@click.option("--canary", type=click.IntRange(min=1), metavar="ROWS", help="Run so many rows from all over first, and show some.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-def run(job_file: str | None, as_json: bool, preflight: bool, deadline: str | None, max_cost: float | None, **flags: Any) -> None:
+def run(
+    job_file: str | None, as_json: bool, preflight: bool, deadline: str | None, max_cost: float | None, canary: int | None, **flags: Any
+) -> None:
     """Run a job; run it again to go on after a stop.
 
     Ctrl-C drains: units in flight are finished and committed. A second Ctrl-C stops at once.
@@ -41,7 +44,7 @@ def run(job_file: str | None, as_json: bool, preflight: bool, deadline: str | No
     from jobs.summary import print_summary
 
     resume = shlex.join(["tokenmill", *sys.argv[1:]])
-    limits = {"limits.deadline": deadline, "limits.max_cost_usd": max_cost}
+    limits = {"limits.deadline": deadline, "limits.max_cost_usd": max_cost, "canary": canary}
     job = build_job(job_file, flags, more={field: value for field, value in limits.items() if value is not None})
     if preflight:
         from jobs.preflight import without_slow_nodes
@@ -191,6 +194,7 @@ def demo(ctx: click.Context, folder: str, max_tokens: int) -> None:
         as_json=False,
         deadline=None,
         max_cost=None,
+        canary=None,
         **dict.fromkeys(FLAGS),
         input_uri=(),
         messages=None,
