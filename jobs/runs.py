@@ -80,6 +80,7 @@ class RunLog:
             output_tokens=totals.completion_tokens,
             copied_tokens=totals.copied_tokens,
             retries=progress.retries,
+            doubled=progress.doubled,
             profile=self._profile,
             engine=progress.engine,
             versions=versions(),
