@@ -83,8 +83,6 @@ class Progress:
     retries: int = 0
     doubled: int = 0
     """Units that were run a second time because they held up the end."""
-    doubled: int = 0
-    """Units that were run a second time because they held up the end."""
     outcomes: dict[str, int] = field(default_factory=dict)
     began_at: float = 0.0
     """Unix seconds."""
@@ -330,7 +328,6 @@ class Driver:
         if index is not None:
             flight = self._flying[index]
             flight.doubled, flight.copies = True, 2
-            self.progress.doubled += 1
             self.progress.doubled += 1
             self._say(f"unit {index} takes long: it is run a second time, on {idle[0].name}; the first to commit wins")
             self._send(flight.unit, idle[0].name)
