@@ -27,8 +27,8 @@ lint: setup
 types: setup
 	.venv/bin/mypy
 
-fast: setup       ## the developer loop: no engine, no Azurite, no killed processes
-	.venv/bin/pytest -q -m "not engine and not chaos and not azurite"
+fast: setup       ## the developer loop: no engine, no Azurite, no killed processes, no Batch
+	.venv/bin/pytest -q -m "not engine and not chaos and not azurite and not batch"
 
 engine: setup
 	.venv/bin/pytest -q -m engine

@@ -124,7 +124,7 @@ param scratch string = '/mnt/tokenmill'
 
 @description('GB200 and GB300 only: how many nodes the scale set has now.')
 @minValue(0)
-@maxValue(1000)
+@maxValue(100)
 param scaleSetNodes int = 0
 
 @description('GB200 and GB300 only: public half of an SSH key, which a Linux scale set must have.')

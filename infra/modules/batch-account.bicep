@@ -23,6 +23,22 @@ param operatorAddressRanges array
 @description('The Log Analytics workspace.')
 param workspaceId string
 
+var operatorsOnly = {
+  accountAccess: {
+    defaultAction: 'Deny'
+    ipRules: [
+      for range in operatorAddressRanges: {
+        value: range
+        action: 'Allow'
+      }
+    ]
+  }
+  nodeManagementAccess: {
+    defaultAction: 'Deny' // nodes come through their private endpoint
+    ipRules: []
+  }
+}
+
 resource account 'Microsoft.Batch/batchAccounts@2025-06-01' = {
   name: name
   location: location
@@ -40,21 +56,7 @@ resource account 'Microsoft.Batch/batchAccounts@2025-06-01' = {
       url: vaultUri
     }
     publicNetworkAccess: empty(operatorAddressRanges) ? 'Disabled' : 'Enabled'
-    networkProfile: {
-      accountAccess: {
-        defaultAction: 'Deny'
-        ipRules: [
-          for range in operatorAddressRanges: {
-            value: range
-            action: 'Allow'
-          }
-        ]
-      }
-      nodeManagementAccess: {
-        defaultAction: 'Deny'
-        ipRules: []
-      }
-    }
+    networkProfile: empty(operatorAddressRanges) ? null : operatorsOnly
   }
 }
 

@@ -19,7 +19,7 @@ param vmSize string
 
 @description('How many nodes. Unlike a Batch pool, a scale set does not shrink by itself: set 0 when the work is done.')
 @minValue(0)
-@maxValue(1000)
+@maxValue(100)
 param nodes int
 
 @description('Size of the operating system\'s disk, which also holds the container image, in GB.')
@@ -80,7 +80,7 @@ resource nodeSet 'Microsoft.Compute/virtualMachineScaleSets@2024-07-01' = {
   properties: {
     orchestrationMode: 'Uniform'
     overprovision: false // at these prices no machine is started that is not wanted
-    singlePlacementGroup: true // one rack, as far as Azure can
+    singlePlacementGroup: true // close together; it takes 100 at most
     upgradePolicy: {
       mode: 'Manual' // a new image waits until nodes are replaced on purpose
     }

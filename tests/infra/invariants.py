@@ -45,8 +45,12 @@ def no_public_access(deployed: Deployed, operators: list[str]) -> list[str]:
         allowed = [] if one.type == VAULT else operators
         if has.get("publicNetworkAccess") != ("Enabled" if allowed else "Disabled"):
             wrong.append(f"{one}: publicNetworkAccess is {has.get('publicNetworkAccess')} with operators at {allowed}")
-        if network.get("defaultAction") != "Deny" or ranges != allowed:
+        open_ = has.get("publicNetworkAccess") != "Disabled"  # then the rules decide; else they may be left out
+        if (network or open_) and (network.get("defaultAction") != "Deny" or ranges != allowed):
             wrong.append(f"{one}: lets in {ranges} and otherwise does {network.get('defaultAction')}; expected {allowed} and Deny")
+        nodes = has.get("networkProfile", {}).get("nodeManagementAccess", {})
+        if one.type == BATCH and open_ and (nodes.get("defaultAction") != "Deny" or nodes.get("ipRules")):
+            wrong.append(f"{one}: lets nodes in from outside: {nodes}")
     flags = [(STORAGE, "allowBlobPublicAccess"), (STORAGE, "isSftpEnabled"), (REGISTRY, "anonymousPullEnabled")]
     for kind, flag in flags:
         wrong += [f"{one}: {flag} is not false" for one in _made(deployed, kind) if one.body["properties"].get(flag) is not False]

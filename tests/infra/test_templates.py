@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -121,6 +122,18 @@ def test_a_larger_driver_node_takes_several_jobs() -> None:
     assert "$TargetDedicatedNodes = min(4, ($tasks + 3) / 4);" in drivers.body["properties"]["scaleSettings"]["autoScale"]["formula"]
 
 
+@pytest.mark.parametrize("where", ["accountAccess", "nodeManagementAccess"])
+def test_where_operators_come_from_outside_batch_lets_in_nobody_else(tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "infra"
+    shutil.copytree(_INFRA, folder)
+    file = folder / "modules" / "batch-account.bicep"
+    text = file.read_text()
+    begin = text.index(where)
+    file.write_text(text[:begin] + text[begin:].replace("defaultAction: 'Deny'", "defaultAction: 'Allow'", 1))
+    assert problems(folder) == []
+    assert len(problems(folder, operatorAddressRanges=_OPERATORS)) == 1
+
+
 def test_without_the_batch_services_id_nothing_is_deployed() -> None:
     with pytest.raises(BicepError, match="TOKENMILL_BATCH_SERVICE"):
         deploy_file(_INFRA / "environments" / "prod.bicepparam", {})
@@ -228,7 +241,7 @@ def test_the_compiler_accepts_them(tmp_path: Path, path: Path) -> None:
     command = "build" if path.suffix == ".bicep" else "build-params"
     done = subprocess.run(
         ["bicep", command, str(path), "--outfile", str(tmp_path / "out.json")],
-        env={**_ENVIRONMENT, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={**os.environ, **_ENVIRONMENT},
         capture_output=True,
         text=True,
         check=False,
