@@ -7,6 +7,8 @@ and again here, so small ones stay in a CPU's caches, which in an engine they wo
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,51 +47,55 @@ def main(data: dict[str, Any], _: Say) -> dict[str, Any]:
 
 
 def measure(order: Order, device: torch.device, label: str) -> Answer:
-    """GEMMs precision by precision, the ceiling before and after the others; attention after the first, in which it is computed."""
+    """GEMMs precision by precision; attention after the first, in which it is computed, for later ones may find no time."""
     on_gpu = device.type != "cpu"
     shape = Shape(**order.shape) if order.shape is not None else None
     layers = layer_gemms(shape, prefill_rows=order.prefill_rows, decode_rows=order.decode_rows) if shape else []
     attention = attentions(shape, on_gpu=on_gpu, decode_rows=order.decode_rows) if shape else []
-    plan = [*squares(on_gpu=on_gpu), *layers, squares(on_gpu=on_gpu)[-1]]
+    small, large = squares(on_gpu=on_gpu)
+    plan = [small, large, *layers, large]  # the ceiling before and after the others, for what else runs here changes
     slices = Slices(order.seconds, len(order.precisions) * len(plan) + len(attention))
     measured: list[Measurement] = []
     left_out: list[str] = []
-    ceilings: dict[str, float] = {}
-    for precision in order.precisions:
-        rates: dict[str, tuple[Gemm, float]] = {}
+    for number, precision in enumerate(order.precisions):
+        rates: dict[str, float] = {}
         for gemm in plan:
             try:
-                seconds = _gemm_seconds(gemm, precision, device, slices.next())
+                rate = gemm.flops / _gemm_seconds(gemm, precision, device, slices.next()) / _T
+                rates[gemm.name] = max(rate, rates.get(gemm.name, 0.0))
             except (RuntimeError, NotImplementedError, TypeError, AttributeError, _NoRoom) as error:
                 left_out.append(f"GEMM {precision} {gemm.name} on {label}: {_first_line(error)}")
-                continue
-            rate = gemm.flops / seconds / _T
-            rates[gemm.name] = (gemm, max(rate, rates[gemm.name][1]) if gemm.name in rates else rate)
-        ceiling = max((rate for name, (_, rate) in rates.items() if name.endswith("³")), default=None)
-        best = max((name for name in rates if name.endswith("³")), key=lambda name: rates[name][1], default="")
-        if ceiling is not None:
-            ceilings[precision] = ceiling
-        measured += [
-            Measurement(
-                pillar="compute", group=f"GEMM {precision}", name=f"GEMM {precision} {gemm.name}", device=label, value=rate, unit="TFLOP/s",
-                ceiling=ceiling, rate=f"gemm {precision}" if name == best else None, detail=f"{gemm.rows} x {gemm.inner} x {gemm.columns}",
-            )
-            for name, (gemm, rate) in rates.items()
-        ]  # fmt: skip
-        for kind in attention if precision == order.precisions[0] else ():  # early, where there is time
+        measured += _measurements(plan, rates, precision, label)
+        ceiling = measured[-1].ceiling if rates else None
+        for kind in attention if number == 0 else ():
             try:
-                measured.append(_attention(kind, device, label, slices.next(), ceilings))
+                measured.append(_attention(kind, device, label, slices.next(), ceiling))
             except (RuntimeError, _NoRoom) as error:
                 left_out.append(f"{kind.name} on {label}: {_first_line(error)}")
     return Answer(measurements=tuple(measured), left_out=tuple(left_out))
+
+
+def _measurements(plan: Sequence[Gemm], rates: Mapping[str, float], precision: str, label: str) -> list[Measurement]:
+    """The best square is the ceiling of all, and what a profile's rate is about."""
+    ceilings = {name: rate for name, rate in rates.items() if name.endswith("³")}
+    best = max(ceilings, key=lambda name: ceilings[name], default="")
+    by_name = {gemm.name: gemm for gemm in plan}
+    return [
+        Measurement(
+            pillar="compute", group=f"GEMM {precision}", name=f"GEMM {precision} {name}", device=label, value=rate, unit="TFLOP/s",
+            ceiling=ceilings.get(best), rate=f"gemm {precision}" if name == best else None,
+            detail=f"{by_name[name].rows} x {by_name[name].inner} x {by_name[name].columns}",
+        )
+        for name, rate in rates.items()
+    ]  # fmt: skip
 
 
 class _NoRoom(Exception):
     """Not enough memory or time is left."""
 
 
-def _gemm_seconds(gemm: Gemm, precision: str, device: torch.device, budget_s: float) -> float:
-    if budget_s <= 0:
+def _gemm_seconds(gemm: Gemm, precision: str, device: torch.device, budget_s: float | None) -> float:
+    if budget_s is None:
         raise _NoRoom("no time was left; give more --seconds")
     need, free = gemm.values * _MAX_BYTES_PER_VALUE, free_bytes(device)
     if need > free:
@@ -132,9 +138,9 @@ def _architecture(device: torch.device) -> str:
     return str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", ""))
 
 
-def _attention(kind: Attention, device: torch.device, label: str, budget_s: float, ceilings: dict[str, float]) -> Measurement:
+def _attention(kind: Attention, device: torch.device, label: str, budget_s: float | None, ceiling: float | None) -> Measurement:
     """torch's own, not the engine's: an engine reads keys and values out of pages."""
-    if budget_s <= 0:
+    if budget_s is None:
         raise _NoRoom("no time was left; give more --seconds")
     precision = "float32" if device.type == "cpu" else "bf16"
     dtype = _DTYPES[precision]
@@ -155,7 +161,7 @@ def _attention(kind: Attention, device: torch.device, label: str, budget_s: floa
     if causal:
         rate = kind.flops / seconds / _T
         return Measurement.model_validate(
-            {**common, "value": rate, "unit": "TFLOP/s", "ceiling": ceilings.get(precision), "rate": "attention", "detail": sizes}
+            {**common, "value": rate, "unit": "TFLOP/s", "ceiling": ceiling, "rate": "attention", "detail": sizes}
         )
     rate = kind.kv_values * dtype.itemsize / seconds / GB
     copy = copy_bytes_per_s(device, min(COPY_BYTES, free_bytes(device) // 8), budget_s=_COPY_S) / GB

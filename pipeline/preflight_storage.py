@@ -65,7 +65,7 @@ class Store:
         return len(storage.read_bytes(storage.join(self._uri, name)))
 
     def clean(self) -> None:
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with contextlib.suppress(NotADirectoryError), ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(lambda name: storage.remove(storage.join(self._uri, name)), storage.list_names(self._uri)))
         for folder in self._made:
             with contextlib.suppress(OSError):  # somebody else's files are in it by now
@@ -137,8 +137,11 @@ def measure_place(place: Place, *, group: str, where: str, seconds: float, most_
         read, read_s = _as_many(lambda number: place.read(f"large-{number}"), written, slice_s)
         created, create_s = _as_many(lambda number: place.write(f"small-{number}", small), _MAX_SMALL, slice_s)
         got, get_s = _as_many(lambda number: place.read(f"small-{number}"), created, slice_s)
-    finally:
-        place.clean()
+    except BaseException:
+        with contextlib.suppress(OSError):  # what went wrong first is what counts; who asked for this will clean again
+            place.clean()
+        raise
+    place.clean()
     detail = f"{where}, {_THREADS} at a time"
     figures = (
         ("write", written * size / write_s / GB, "GB/s", f"{size / 1e6:.1f} MB objects, {detail}"),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 _BLOCK_S = 0.005
 """Calls are timed in blocks at least so long, so that neither the clock nor waiting for a GPU shows."""
 _MAX_BLOCKS = 30
+_GRACE = 0.5
 
 
 def median_seconds(
@@ -42,13 +43,17 @@ def median_seconds(
 
 
 class Slices:
-    """Shares out a budget of seconds among things to measure; what one of them leaves, the others get."""
+    """Shares out a budget of seconds among things to measure; what one of them leaves, the others get.
+
+    Half the budget may be passed, for what is only called twice: on a busy machine little would be measured otherwise.
+    """
 
     def __init__(self, budget_s: float, num_items: int, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._end, self._left = clock, clock() + budget_s, num_items
+        self._grace_s = _GRACE * budget_s
 
-    def next(self) -> float:
-        """Seconds for the next one; 0 or less where the time is over."""
-        share = (self._end - self._clock()) / max(1, self._left)
+    def next(self) -> float | None:
+        """Seconds for the next one, at least 0; None where the time is over."""
+        left_s, items = self._end - self._clock(), max(1, self._left)
         self._left -= 1
-        return share
+        return None if left_s <= -self._grace_s else max(0.0, left_s / items)

@@ -48,5 +48,14 @@ def test_what_one_leaves_the_others_get_and_nothing_is_left_after_the_end() -> N
     assert slices.next() == pytest.approx(10 / 3)
     clock.work()
     assert slices.next() == 4.5
+    clock.work()  # 23 s, of 12
+    assert slices.next() is None
+
+
+def test_past_the_budget_things_are_still_called_twice_for_half_as_long_again() -> None:
+    clock = Clock(14.0, 5.0)
+    slices = Slices(12.0, 4, clock=clock)
     clock.work()
-    assert slices.next() < 0
+    assert slices.next() == 0.0
+    clock.work()
+    assert slices.next() is None
