@@ -12,8 +12,10 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
@@ -34,6 +36,7 @@ from pipeline.supervisor import ReplicaSpec
 from pipeline.supervisor import Supervisor
 from pipeline.supervisor import engines_at_once
 from pipeline.worker import EXIT_EVICTED
+from pipeline.worker import WAITING
 from pipeline.worker import WorkerConfig
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EngineStartError
@@ -49,6 +52,8 @@ _UNITS_AT_ONCE = 24
 """In flight on one replica at most; how many the driver sends depends on its job's rows."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TELL_S = 0.5
+_ALONE_S = 1200.0
+"""On a node of Batch: longer than a driver needs to come back on a new machine, and a limit to what a lost one's nodes cost."""
 _GONE_S = 300.0
 """A machine is gone 30 s after Azure's notice. One that is still there then was spared, and Batch starts its task again."""
 _NO_CLUSTER = "a worker needs --scheduler or --rendezvous, or a job file whose cluster is kind: address"
@@ -104,6 +109,7 @@ def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
     if cluster.keys is not None:
         tls.read_keys(cluster.keys)
         tls.check_apart(cluster.keys, [cluster.rendezvous] if cluster.rendezvous else [])
+    in_batch = bool(os.environ.get("AZ_BATCH_TASK_ID"))
     leave, notice = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
@@ -124,12 +130,12 @@ def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
         specs, max_loading=engines_at_once(kind, plan.replicas), silence_s=spec.job.limits.engine_silence_s, on_death=record_death
     )
     try:
-        _look_after(supervisor, [replica.config for replica in specs], leave, say)
+        _look_after(supervisor, [replica.config for replica in specs], leave, say, _ALONE_S if in_batch else None)
     finally:
         supervisor.close()
         if watch is not None:
             watch.close()
-    if notice.is_set() and os.environ.get("AZ_BATCH_TASK_ID"):
+    if notice.is_set() and in_batch:
         # A task that ends by itself Batch would take for done; one whose machine vanishes it puts back into the queue.
         say(f"node {spec.name}: waiting for Azure to take the machine, so that Batch runs this task elsewhere")
         threading.Event().wait(_GONE_S)
@@ -160,11 +166,23 @@ def replica_specs(spec: NodeSpec, model: Model, plan: ReplicaPlan, folder: str) 
     ]
 
 
-def _look_after(supervisor: Supervisor, configs: list[WorkerConfig], leave: threading.Event, say: Callable[[str], None]) -> None:
-    """Say what happens; on notice evict, and wait for the end of that. Raises EngineStartError."""
+def alone(members: Sequence[str | None]) -> bool:
+    """Whether every replica is up and has no scheduler, going by their own words."""
+    return bool(members) and all(member is not None and member.startswith(WAITING) for member in members)
+
+
+def _look_after(
+    supervisor: Supervisor, configs: list[WorkerConfig], leave: threading.Event, say: Callable[[str], None], alone_s: float | None
+) -> None:
+    """Say what happens; on notice, or alone for longer than this, evict, and wait for the end of that. Raises EngineStartError."""
     members: dict[str, str] = {}
-    told = False
+    told, company = False, time.monotonic()
     while not supervisor.ended:
+        if not alone([members.get(config.name) for config in configs]):
+            company = time.monotonic()
+        elif alone_s is not None and time.monotonic() - company > alone_s and not told:
+            say(f"no scheduler for {alone_s / 60:.0f} minutes: this node costs money and nobody needs it")
+            leave.set()
         if leave.wait(_TELL_S) and not told:
             told = True
             say("leaving: units in flight save their finished rows and are handed back")

@@ -23,6 +23,7 @@ from pipeline import tls
 from pipeline.replica import Replica
 from pipeline.worker import DASK_CONFIG
 from pipeline.worker import METRICS_KEY
+from pipeline.worker import WAITING
 from pipeline.worker import WorkerConfig
 from schemas.address import check_address
 from schemas.errors import JobError
@@ -104,7 +105,7 @@ async def _join(config: WorkerConfig, replica: Replica, registration: dict[str, 
         why = root_cause(error)
         if "name taken" in why:
             why = f"it knows a {config.name} already: this one, not yet given up, or another node of the same name, which needs --name"
-        say(f"waiting for a scheduler: {why}")
+        say(f"{WAITING}: {why}")
         return None
     return worker
 

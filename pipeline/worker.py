@@ -39,6 +39,8 @@ EXIT_EVICTED = 75
 """sysexits' EX_TEMPFAIL: it was asked to leave, and did."""
 METRICS_KEY = "tokenmill"
 """Under it a worker tells its scheduler, once, what it is, and with each heartbeat how it fares."""
+WAITING = "waiting for a scheduler"
+"""So begins a replica's word on its membership while it has none."""
 _WATCH_S = 0.2
 _DYING_S = 30.0
 _SAVE_S = 18.0

@@ -1,4 +1,4 @@
-"""Whole runs on a Batch service of the tests' own, over https, with Azurite as the store: real drivers, nodes and schedulers as processes."""
+"""Whole runs on a Batch service of the tests' own, over https, on Azurite: drivers, schedulers and nodes are real processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import yaml
 
 from jobs.verify import verify
 from pipeline import rendezvous
-from tests.azurite import Azurite
 from tests.azurite import CONNECTION_STRING
+from tests.azurite import Azurite
 from tests.batch_service import Job
 from tests.batch_service import Site
 from tests.batch_service import Task
@@ -74,12 +74,15 @@ class Place:
         folder = self.site.service.folder / job.id.replace(":", "-") / task
         return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("std*.txt")))
 
+    def all_logs(self) -> str:
+        jobs = list(self.site.service.jobs.values())
+        return "\n".join(f"== {job.id}/{task}\n{self.log(job, task)[-4000:]}" for job in jobs for task in job.tasks)
+
     def wait_for(self, what: str, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 2 * PATIENCE_S
         while not holds():
             if time.monotonic() > deadline:
-                said = {f"{job.id}/{task}": self.log(job, task)[-3000:] for job in self.site.service.jobs.values() for task in job.tasks}
-                pytest.fail(f"waited in vain until {what}:\n" + "\n".join(f"== {name}\n{text}" for name, text in said.items()))
+                pytest.fail(f"waited in vain until {what}:\n{self.all_logs()}")
             time.sleep(0.1)
 
     def committed(self) -> int:
@@ -188,7 +191,7 @@ def test_a_cancelled_job_drains_is_not_started_again_and_goes_on_when_submitted_
     assert place.committed() < 20
     place.job["engine"]["options"] = _ENGINE
     again = place.run("submit", "../job.yaml", "--wait")
-    assert again.end() == 0, again.log
+    assert again.end() == 0, place.all_logs()
     proven(f"az://{place.out}/run", _ROWS)
 
 

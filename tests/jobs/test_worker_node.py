@@ -9,11 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.cli import main
+from jobs.worker_node import alone
 from jobs.worker_node import parse_node
 from jobs.worker_node import replica_specs
 from pipeline import tls
 from pipeline.model import resolve_model
 from pipeline.profile import ReplicaPlan
+from pipeline.worker import WAITING
 from schemas.errors import JobError
 
 CLUSTER: dict[str, Any] = {"kind": "address", "address": "tls://10.0.0.4:8786", "keys": "keys"}
@@ -77,3 +79,9 @@ def test_keys_in_the_rendezvous_are_refused(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["worker", "--model", "demo", "--rendezvous", str(tmp_path / "place"), "--keys", keys])
     assert refused.exit_code == 2
     assert "lie in one another" in refused.output
+
+
+def test_a_node_is_alone_when_all_its_replicas_are_up_and_none_has_a_scheduler() -> None:
+    waiting = f"{WAITING}: nobody answers"
+    assert alone([waiting, waiting])
+    assert not any(alone(members) for members in ([], [waiting, None], [waiting, "joined tls://10.0.0.4:8786"], ["lost tls://a:1"]))

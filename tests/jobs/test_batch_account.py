@@ -1,0 +1,263 @@
+"""What Azure Batch refuses, over real https with real tokens: the user hears the cause and the next step, with exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import submit
+from jobs.batch_run import order_for
+from jobs.cluster import azure_batch
+from jobs.cluster.azure_batch import Order
+from jobs.cluster.batch_account import BatchAccount
+from jobs.cluster.batch_advice import PoolState
+from jobs.cluster.batch_advice import TaskState
+from jobs.cluster.batch_advice import ended_words
+from jobs.cluster.batch_advice import pool_problem
+from jobs.cluster.batch_advice import resize_problems
+from jobs.cluster.batch_nodes import ask_for_nodes
+from jobs.cluster.batch_nodes import create_numbered
+from jobs.cluster.batch_nodes import news
+from pipeline import storage
+from schemas.batch import ScheduleSpec
+from schemas.errors import EXIT_WRONG_JOB
+from schemas.errors import JobError
+from schemas.job import parse_job
+from tests.azurite import Azurite
+from tests.batch_service import Refused
+from tests.batch_service import Service
+from tests.batch_service import Site
+from tests.batch_service import serving
+from tests.jobs.batch_jobs import IDENTITY
+from tests.jobs.batch_jobs import batch_job
+
+pytestmark = pytest.mark.batch
+_NOBODY = Azurite(host="127.0.0.1", port=9, account="acct", key="", pid=0)
+"""No task runs here, so that no store is needed."""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    with serving(tmp_path / "batch", _NOBODY) as found:
+        for name, value in {**found.environment, "AZURE_TOKEN_CREDENTIALS": "prod"}.items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture
+def service(site: Site) -> Service:
+    return site.service
+
+
+@pytest.fixture
+def account(site: Site) -> BatchAccount:
+    return BatchAccount(site.endpoint)
+
+
+def an_order(endpoint: str = "https://mill.westeurope.batch.azure.com", **cluster: Any) -> Order:
+    job = parse_job(batch_job(cluster={"endpoint": endpoint, **cluster}))
+    storage.use(job.storage)
+    return order_for(job, "20261126T160000Z")
+
+
+def said(call: Callable[[], object]) -> str:
+    with pytest.raises(JobError) as refusal:
+        call()
+    assert refusal.value.exit_code == EXIT_WRONG_JOB
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (401, "AuthenticationFailed", "sign in again (az login)"),
+        (403, "PermissionDenied", "give the identity the role Azure Batch Job Submitter"),
+        (403, "SomethingNew", "give the identity the role Azure Batch Job Submitter"),
+        (404, "AccountNotFound", "check cluster.endpoint"),
+        (409, "ActiveJobAndScheduleQuotaReached", "ask for more under Quotas"),
+        (400, "InvalidPropertyValue", "--dry-run"),
+        (409, "JobBeingDeleted", "try again in a minute"),
+    ],
+)
+def test_a_refusal_comes_with_its_cause_and_the_next_step(
+    account: BatchAccount, service: Service, status: int, code: str, expected: str
+) -> None:
+    service.refuse["POST", "/jobs"] = Refused(status, code, "the service's own words")
+    text = said(lambda: account.create_job(azure_batch.driver_job(an_order(), "night-1")))
+    assert text.startswith(f"creating job night-1: Azure Batch said {code}: the service's own words. What to do: ")
+    assert expected in text
+
+
+@pytest.mark.parametrize(("off_s", "words"), [(-3600.0, "60 minutes ahead of"), (3600.0, "60 minutes behind")])
+def test_a_clock_that_is_off_is_named_as_the_cause(account: BatchAccount, service: Service, off_s: float, words: str) -> None:
+    service.clock_ahead_s = off_s
+    service.refuse["GET", "/pools/driver"] = Refused(401, "AuthenticationFailed", "Server failed to authenticate the request.")
+    text = said(lambda: account.pool("driver"))
+    assert f"This machine's clock is {words} the service's" in text
+    assert "timedatectl" in text
+
+
+def test_without_a_token_the_user_is_told_to_sign_in(account: BatchAccount, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IDENTITY_HEADER", "wrong")
+    text = said(lambda: BatchAccount(account.endpoint).pool("driver"))
+    assert "no token for Azure Batch was to be had" in text
+    assert "az login" in text
+
+
+def test_an_account_that_does_not_answer_is_named(site: Site) -> None:
+    from azure.batch import BatchClient
+    from azure.identity import DefaultAzureCredential
+
+    dead = "https://127.0.0.1:9"
+    text = said(lambda: BatchAccount(dead, BatchClient(dead, DefaultAzureCredential(), retry_total=0)).pool("driver"))
+    assert "127.0.0.1 does not answer" in text
+    assert "Check cluster.endpoint" in text
+
+
+def test_a_job_that_is_there_is_met_and_one_that_is_over_gets_a_follower(account: BatchAccount, service: Service) -> None:
+    order = an_order()
+
+    def create(name: str) -> bool:
+        return account.create_job(azure_batch.nodes_job(order, name))
+
+    assert create_numbered(account, "night-1", create) == ("night-1", True)
+    assert create_numbered(account, "night-1", create) == ("night-1", False)
+    service.jobs["night-1"].state = "completed"
+    assert create_numbered(account, "night-1", create) == ("night-1-2", True)
+    assert account.job("night-9") is None
+
+
+def test_the_quota_of_active_jobs_is_no_job_that_exists(account: BatchAccount, service: Service) -> None:
+    service.max_active_jobs = 0
+    text = said(lambda: account.create_job(azure_batch.nodes_job(an_order(), "night-1")))
+    assert "ActiveJobAndScheduleQuotaReached" in text
+
+
+def test_nodes_are_asked_for_once_however_often_the_driver_starts(account: BatchAccount, service: Service) -> None:
+    order = an_order(nodes=3)
+    places = {"rendezvous": "az://results/r", "keys": "az://k/night-1"}
+    for _ in range(2):
+        assert ask_for_nodes(account, order, "night-1-nodes", **places) == "night-1-nodes"
+    job = service.jobs["night-1-nodes"]
+    assert (sorted(job.tasks), job.state) == (["node-0000", "node-0001", "node-0002"], "active")
+    assert job.spec["onAllTasksComplete"] == "terminatejob"
+    assert [task.state for task in account.tasks("night-1-nodes")] == ["active"] * 3
+    account.end_job("night-1-nodes")
+    account.end_job("night-1-nodes")  # over, or gone: nothing happens
+    account.end_job("night-2-nodes")
+
+
+def test_a_job_that_should_end_with_its_tasks_would_end_at_once_if_it_said_so_before_it_has_any(
+    account: BatchAccount, service: Service
+) -> None:
+    """Batch's rule, and why there is a PATCH."""
+    job = azure_batch.nodes_job(an_order(), "night-1")
+    job.all_tasks_complete_mode = "terminatejob"
+    assert account.create_job(job)
+    assert service.jobs["night-1"].state in ("terminating", "completed")
+
+
+def test_pools_are_looked_at_before_anything_is_sent(account: BatchAccount, service: Service, site: Site) -> None:
+    job = parse_job(batch_job(cluster={"endpoint": site.endpoint}))
+    assert "cluster.driver_pool: pool driver does not exist" in said(lambda: submit.check_pools(account, job))
+    service.add_pool("driver", nodes=1, identity=IDENTITY, slots=4)
+    pool = service.add_pool("nd-h100", nodes=0, identity=IDENTITY)
+    assert submit.check_pools(account, job) == []
+    pool.resize_errors = [{"code": "AllocationFailed", "message": "Allocation failed."}]
+    (note,) = submit.check_pools(account, job)
+    assert note.startswith("pool nd-h100 (standard_nd96isr_h100_v5) has 0 of 0 nodes: AllocationFailed: ")
+    pool.slots = 2
+    assert "runs 2 tasks a node, expected 1" in said(lambda: submit.check_pools(account, job))
+    pool.identities = {"/subscriptions/other"}
+    assert "does not have the identity" in said(lambda: submit.check_pools(account, job))
+
+
+_POOL = PoolState(
+    id="nd", state="active", vm_size="nd96", autoscale=False, target_nodes=4, current_nodes=1, slots_per_node=1, containers=True,
+    identities=(IDENTITY,), errors=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("AccountCoreQuotaReached", "ask for more under Quotas on the Batch account's page"),
+        ("AccountSpotCoreQuotaReached", "spot cores of this series under Quotas on the subscription's page"),
+        ("AllocationFailed", "spot nodes are free capacity"),
+        ("AllocationTimedOut", "Batch goes on asking"),
+        ("ResizeStopped", "az batch pool resize"),
+        ("NotYetKnown", "see the pool's page"),
+    ],
+)
+def test_why_nodes_do_not_come_is_explained(code: str, expected: str) -> None:
+    (problem,) = resize_problems(replace(_POOL, errors=((code, "said so"),)))
+    assert problem.startswith(f"pool nd (nd96) has 1 of 4 nodes: {code}: said so. What to do: ")
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"state": "deleting"}, "is deleting, expected active"),
+        ({"containers": False}, "runs no containers"),
+        ({"target_nodes": 0}, "has no nodes and does not scale by itself"),
+        ({"identities": ()}, "does not have the identity"),
+    ],
+)
+def test_a_pool_on_which_tasks_would_wait_for_ever_is_refused(change: dict[str, Any], expected: str) -> None:
+    assert pool_problem(_POOL, "worker_pool", "nd", IDENTITY, one_task_a_node=True) is None
+    problem = pool_problem(replace(_POOL, **change), "worker_pool", "nd", IDENTITY, one_task_a_node=True)
+    assert problem is not None
+    assert problem.startswith("cluster.worker_pool: pool nd ")
+    assert expected in problem
+
+
+def test_what_becomes_of_node_tasks_is_told_once() -> None:
+    task = TaskState(id="node-0000", state="running", exit_code=None, failure=None, retries=0, requeues=0, node="n")
+    before = {"node-0000": task}
+    assert news(before, [task]) == []
+    assert news(before, [replace(task, state="active")]) == ["node-0000 lost its node and is back in the queue"]
+    assert news(before, [replace(task, retries=1, exit_code=75)]) == [
+        "node-0000 ended with exit code 75 and was started again (1 times by now)"
+    ]
+    ended = replace(task, state="completed", exit_code=2)
+    assert news(before, [ended]) == ["node-0000 has ended: exit code 2"]
+    assert news({"node-0000": ended}, [ended]) == []
+    assert ended_words([ended] * 7) == "; ".join(["node-0000: exit code 2"] * 5) + " and 2 more"
+
+
+def test_a_schedule_is_made_once_paused_resumed_and_deleted(account: BatchAccount, service: Service) -> None:
+    when = ScheduleSpec(every="1d", window="2h")
+    options = azure_batch.job_schedule(an_order(), "night-1", when)
+    account.create_schedule(options)
+    assert "`tokenmill schedule delete` it first" in said(lambda: account.create_schedule(options))
+    (found,) = account.schedules()
+    assert (found.id, found.state, found.every, found.recent_job) == ("night-1", "active", "1 day, 0:00:00", "night-1:job-1")
+    service.advance(timedelta(hours=23))
+    assert [job.id for job in account.schedule_jobs("night-1")] == ["night-1:job-1"]
+    account.pause_schedule("night-1")
+    assert account.schedule("night-1").state == "disabled"
+    account.resume_schedule("night-1")
+    account.delete_schedule("night-1")
+    assert "`tokenmill schedule list`" in said(lambda: account.schedule("night-1"))
+
+
+def test_a_run_that_takes_longer_than_the_interval_delays_the_next_one_within_the_window_alone(
+    account: BatchAccount, service: Service
+) -> None:
+    account.create_schedule(azure_batch.job_schedule(an_order(), "night-1", ScheduleSpec(every="1d", window="2h")))
+    service.advance(timedelta(days=1, hours=1))  # the first run is still active
+    assert len(service.jobs) == 1
+    service.jobs["night-1:job-1"].state = "completed"
+    service.advance(timedelta(minutes=30))
+    assert sorted(service.jobs) == ["night-1:job-1", "night-1:job-2"]
+    service.advance(timedelta(days=1, hours=2))  # beyond the window: that occurrence is lost
+    service.jobs["night-1:job-2"].state = "completed"
+    service.advance(timedelta(hours=1))
+    assert len(service.jobs) == 2
