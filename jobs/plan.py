@@ -35,6 +35,11 @@ _MIN_UNITS = 32
 """A table is cut at least this fine, so that replicas finish together and a lost worker costs little."""
 _MAX_UNIT_TOKENS = 4_000_000
 """Prompt plus max_tokens: five to fifteen minutes of one GPU replica."""
+_END_SHARES = 144
+"""Towards the end of a large table units become smaller, this share of what is left: two for each replica of a rack of 72, so that all
+of them end together."""
+_END_UNIT_TOKENS = 250_000
+"""Down to here; 5 to 20 s of one GPU replica. Tables that are cut finer anyway are cut evenly."""
 _MAX_UNIT_BYTES = 64 << 20
 _MIN_UNIT_ROWS = 16
 _FOOTER_THREADS = 16
@@ -270,13 +275,14 @@ def canary_units(plan: Plan, canary: int | None) -> frozenset[int]:
 
 
 def cut(objects: Iterable[InputObject], *, max_tokens: int, canary: int | None = None) -> tuple[WorkUnit, ...]:
-    """Row ranges of about equal work: small objects are joined, a giant row group is split; a canary's rows are units of their own."""
+    """Row ranges of about equal work, less towards the end: small objects are joined, a giant row group is split; a canary's rows are
+    units of their own.
+    """
     objects = list(objects)
     groups = [group for item in objects for group in item.row_groups]
     total = sum(_tokens(group, max_tokens) for group in groups)
-    target = min(total / _MIN_UNITS, _MAX_UNIT_TOKENS)
     edges = {edge for rows in canary_rows(sum(group.num_rows for group in groups), canary) for edge in (rows.start, rows.stop)}
-    maker = _Maker(target_tokens=target, max_tokens=max_tokens, edges=sorted(edges))
+    maker = _Maker(total_tokens=total, max_tokens=max_tokens, edges=sorted(edges))
     for item in objects:
         maker.add(item)
     return maker.finish()
@@ -286,12 +292,19 @@ def _tokens(group: RowGroup, max_tokens: int) -> float:
     return group.prompt_bytes / _BYTES_PER_TOKEN + group.num_rows * max_tokens
 
 
+def unit_tokens(left: float, total: float) -> float:
+    """How large the next unit is to be, with so many tokens left of the whole."""
+    most = min(total / _MIN_UNITS, _MAX_UNIT_TOKENS)
+    return min(most, max(left / _END_SHARES, _END_UNIT_TOKENS))
+
+
 class _Maker:
     """Fills one unit after the other. Owns the unit being filled."""
 
-    def __init__(self, *, target_tokens: float, max_tokens: int, edges: Sequence[int] = ()) -> None:
+    def __init__(self, *, total_tokens: float, max_tokens: int, edges: Sequence[int] = ()) -> None:
         """No unit goes over an edge, a position in the table."""
-        self._target_tokens, self._max_tokens = target_tokens, max_tokens
+        self._total_tokens, self._max_tokens = total_tokens, max_tokens
+        self._done_tokens, self._target_tokens = 0.0, unit_tokens(total_tokens, total_tokens)
         self._edges = deque(edge for edge in edges if edge)
         self._units: list[WorkUnit] = []
         self._ranges: list[RowRange] = []
@@ -345,6 +358,8 @@ class _Maker:
 
     def _close(self) -> None:
         self._units.append(WorkUnit(index=len(self._units), ranges=tuple(self._ranges)))
+        self._done_tokens += self._tokens
+        self._target_tokens = unit_tokens(self._total_tokens - self._done_tokens, self._total_tokens)
         self._ranges, self._rows = [], 0
         self._tokens = self._bytes = 0.0
 

@@ -14,6 +14,7 @@ from jobs.plan import Plan
 from jobs.plan import RowGroup
 from jobs.plan import changed_since
 from jobs.plan import cut
+from jobs.plan import unit_tokens
 from schemas.unit import RowRange
 from schemas.unit import WorkUnit
 
@@ -52,14 +53,30 @@ def test_many_small_files_are_joined_into_one_unit() -> None:
 
 
 def test_a_giant_row_group_is_split() -> None:
-    units = cut([an_object("big.parquet", (100_000, 9 * _MIB))], max_tokens=100)
+    units = cut([an_object("big.parquet", (64_000, 9 * _MIB))], max_tokens=100)
     assert [len(unit.ranges) for unit in units] == [1] * 32
-    assert {unit.num_rows for unit in units} == {3125}
+    assert {unit.num_rows for unit in units} == {2000}
 
 
 def test_a_giant_job_is_cut_into_units_of_bounded_tokens() -> None:
     units = cut([an_object("big.parquet", (10_000_000, 10_000 * _MIB))], max_tokens=1000)
     assert max(unit.num_rows * 1000 for unit in units) <= 4_000_000
+
+
+def test_a_large_table_is_cut_finer_towards_its_end_so_that_all_replicas_end_together() -> None:
+    """A million rows of a thousand tokens: for a rack of 72 a unit at its beginning is a minute's work, at its end four seconds'."""
+    rows = [unit.num_rows for unit in cut([an_object("big.parquet", (1_000_000, 1000 * _MIB))], max_tokens=1000)]
+    assert rows[0] == 4000
+    assert rows[-2] == 250
+    assert rows == sorted(rows, reverse=True)
+    assert sum(rows) == 1_000_000
+    assert len(rows) < 3 * 1_000_000 / 4000
+
+
+def test_a_table_that_is_cut_finer_anyway_is_cut_evenly() -> None:
+    for left in (1.0, 1e6, 8e6):
+        assert unit_tokens(left, 8e6) == 250_000
+        assert unit_tokens(left, 3.2e6) == 100_000
 
 
 def test_neighbouring_row_groups_of_one_file_are_one_range() -> None:
