@@ -27,8 +27,8 @@ var operatorsOnly = {
   accountAccess: {
     defaultAction: 'Deny'
     ipRules: [
-      for range in operatorAddressRanges: {
-        value: range
+      for addresses in operatorAddressRanges: {
+        value: addresses
         action: 'Allow'
       }
     ]

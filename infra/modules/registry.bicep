@@ -33,8 +33,8 @@ resource registry 'Microsoft.ContainerRegistry/registries@2023-07-01' = {
     networkRuleSet: {
       defaultAction: 'Deny'
       ipRules: [
-        for range in operatorAddressRanges: {
-          value: range
+        for addresses in operatorAddressRanges: {
+          value: addresses
           action: 'Allow'
         }
       ]

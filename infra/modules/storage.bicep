@@ -60,8 +60,8 @@ resource account 'Microsoft.Storage/storageAccounts@2024-01-01' = {
       bypass: 'None'
       defaultAction: 'Deny'
       ipRules: [
-        for range in operatorAddressRanges: {
-          value: range
+        for addresses in operatorAddressRanges: {
+          value: addresses
           action: 'Allow'
         }
       ]

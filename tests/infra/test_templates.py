@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from schemas.storage import StorageSpec
 from tests.infra import bicep
 from tests.infra import invariants
 from tests.infra.bicep import BicepError
@@ -152,22 +155,51 @@ def test_the_way_out_is_open_only_where_it_is_asked_for() -> None:
         assert out == [expected, expected]
 
 
-def test_cloud_init_is_filled_in_and_valid() -> None:
-    import base64
-
-    import yaml
-
-    deployed = made(workerSize="Standard_ND128isr_GB300_v6", scaleSetNodes=2)
-    (nodes,) = deployed.of(invariants.SCALE_SET)
+def cloud_init() -> dict[str, str]:
+    """The files that a scale set's node gets, by path."""
+    (nodes,) = made(workerSize="Standard_ND128isr_GB300_v6", scaleSetNodes=2).of(invariants.SCALE_SET)
     text = base64.b64decode(nodes.body["properties"]["virtualMachineProfile"]["osProfile"]["customData"]).decode()
     assert text.startswith("#cloud-config\n")
-    assert re.findall(r"@[A-Z_]+@", text.split("\n", 3)[3]) == []
-    files = {one["path"]: one["content"] for one in yaml.safe_load(text)["write_files"]}
-    assert "az://output/cluster" in files["/etc/systemd/system/tokenmill-worker.service"]
+    return {one["path"]: one["content"] for one in yaml.safe_load(text)["write_files"]}
+
+
+def test_cloud_init_is_filled_in_and_its_scripts_are_scripts() -> None:
+    files = cloud_init()
+    assert [path for path, content in files.items() if re.search(r"@[A-Z_]+@", content)] == []
+    assert "--rendezvous az://output/cluster --keys az://keys/scale-set" in files["/etc/systemd/system/tokenmill-worker.service"]
     for path, content in files.items():
         if content.startswith("#!"):
             checked = subprocess.run(["bash", "-n"], input=content, text=True, capture_output=True, check=False)
             assert (checked.returncode, checked.stderr) == (0, ""), path
+
+
+def test_a_node_of_the_scale_set_reads_storage_as_its_own_identity() -> None:
+    lines = cloud_init()["/etc/tokenmill/environment"].splitlines()
+    environment = dict(line.split("=", 1) for line in lines)
+    recipe = StorageSpec.model_validate_json(environment["TOKENMILL_STORAGE"])
+    assert (recipe.credential.kind, recipe.credential.client_id) == ("managed_identity", environment["AZURE_CLIENT_ID"])
+
+
+def test_a_node_of_the_scale_set_pulls_with_its_identity_and_shows_no_token_to_others(tmp_path: Path) -> None:
+    """The real script, with a curl and a docker that write down how they are called."""
+    log = tmp_path / "log"
+    curl = 'case "$*" in *169.254*) echo \'{"access_token": "entra"}\';; *) cat > /dev/null; echo \'{"refresh_token": "acr"}\';; esac'
+    docker = f'[ "$1" != login ] || echo "password $(cat)" >> {log}'
+    for name, does in (("curl", curl), ("docker", docker)):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {log}\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    script = cloud_init()["/usr/local/sbin/tokenmill-pull"]
+    subprocess.run(["bash"], input=script, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, text=True, check=True)
+    said = log.read_text().splitlines()
+    (registry,) = {one.name for one in made().of(invariants.REGISTRY)}
+    assert [line.split()[:2] for line in said if line.startswith("docker")] == [
+        ["docker", "login"],
+        ["docker", "pull"],
+        ["docker", "logout"],
+    ]
+    assert f"docker pull {registry}.azurecr.io/tokenmill:0.1.0" in said
+    assert "password acr" in said
+    assert [line for line in said if not line.startswith("password") and re.search("entra$|entra |=entra|acr$", line)] == []
 
 
 _MUTATIONS = [
