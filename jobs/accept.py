@@ -31,7 +31,7 @@ from schemas.record import JobRecord
 from schemas.record import encode_schema
 from schemas.unit import WorkUnit
 
-_SPEED_ONLY = frozenset(
+SPEED_ONLY = frozenset(
     {
         "async_scheduling", "attention_backend", "block_size", "compilation_config", "decode_tokens_per_s",
         "distributed_executor_backend",
@@ -187,7 +187,7 @@ def make_record(job: JobSpec, plan: Plan, schema: pa.Schema, model: Model, numer
         "output": {"prefix": job.output.prefix, "token_ids": job.output.token_ids},
         "engine": {
             "kind": job.engine.kind,
-            "options": {name: value for name, value in sorted(job.engine.options.items()) if name not in _SPEED_ONLY},
+            "options": {name: value for name, value in sorted(job.engine.options.items()) if name not in SPEED_ONLY},
             **({"found": dict(numerics)} if numerics else {}),
         },
     }

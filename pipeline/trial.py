@@ -358,4 +358,5 @@ def _packed(request: Request) -> list[Any]:
 
 def _unpacked(item: list[Any]) -> Generation:
     position, choices = item
-    return Generation(position=position, choices=tuple(GeneratedChoice(token_ids=ids, finish_reason=reason) for ids, reason in choices))
+    made = (GeneratedChoice(token_ids=ids, finish_reason=reason, text=text) for ids, reason, text in choices)
+    return Generation(position=position, choices=tuple(made))

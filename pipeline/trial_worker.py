@@ -146,7 +146,7 @@ def _tell(line: Connection, **said: Any) -> None:
 
 
 def _packed(generation: Generation) -> list[Any]:
-    return [generation.position, [[choice.token_ids, choice.finish_reason] for choice in generation.choices]]
+    return [generation.position, [[choice.token_ids, choice.finish_reason, choice.text] for choice in generation.choices]]
 
 
 def _unpacked(item: list[Any]) -> Request:

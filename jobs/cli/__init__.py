@@ -9,6 +9,7 @@ from jobs.cli import plan as plan
 from jobs.cli import preflight as preflight
 from jobs.cli import profiles as profiles
 from jobs.cli import rehearse as rehearse
+from jobs.cli import replay as replay
 from jobs.cli import report as report
 from jobs.cli import tune as tune
 from jobs.cli.group import build_job as build_job
