@@ -28,6 +28,9 @@ from jobs.driver import Progress
 from jobs.driver import units_at_once
 from jobs.finish import finish
 from jobs.finish import read_reports
+from jobs.metrics import RunMetrics
+from jobs.metrics import served
+from jobs.metrics import snapshot
 from jobs.outputs import committed
 from jobs.outputs import shown_columns
 from jobs.plan import Taken
@@ -131,7 +134,7 @@ def run(
     began = time.monotonic()
     display = make_display(stream or sys.stderr)
     try:
-        with _Interrupts() as interrupts:
+        with _Interrupts() as interrupts, served(job) as metrics:
             accepted = accept(job, taken=taken)
             caps = caps_of(job.limits, profile_usd_per_hour=_node_price(accepted))
             accepted = store(accepted)
@@ -144,7 +147,7 @@ def run(
             cluster = (cluster_of or make_cluster)(accepted)
             driver = Driver(accepted, cluster, began=began, caps=caps)
             try:
-                _drive(accepted, driver, log, display, interrupts, cluster)
+                _drive(accepted, driver, log, display, interrupts, cluster, metrics)
             except BaseException:
                 try:
                     account = log.at_end(driver)
@@ -183,7 +186,14 @@ def make_cluster(accepted: Accepted) -> Cluster:
     from jobs.cluster.local import LocalCluster
 
     at_once = units_at_once(accepted.plan, window_rows(cut.options["max_num_seqs"], wide=job.lengths_vary))
-    return LocalCluster(plan=cut, model=accepted.model, kind=job.engine.kind, units_at_once=at_once, silence_s=job.limits.engine_silence_s)
+    return LocalCluster(
+        plan=cut,
+        model=accepted.model,
+        kind=job.engine.kind,
+        units_at_once=at_once,
+        silence_s=job.limits.engine_silence_s,
+        spec=job.cluster,
+    )
 
 
 class _Interrupts:
@@ -252,7 +262,15 @@ def _node_price(accepted: Accepted) -> float | None:
     return node.price.usd_per_hour if node is not None and node.price is not None else None
 
 
-def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, interrupts: _Interrupts, cluster: Cluster) -> None:
+def _drive(
+    accepted: Accepted,
+    driver: Driver,
+    log: RunLog,
+    display: Display,
+    interrupts: _Interrupts,
+    cluster: Cluster,
+    metrics: RunMetrics,
+) -> None:
     meter = SpeedMeter()
     progress, next_status, status_failed = driver.progress, 0.0, False
     shown: list[bool] = []
@@ -262,7 +280,9 @@ def _drive(accepted: Accepted, driver: Driver, log: RunLog, display: Display, in
         nonlocal status_failed
         try:
             over = progress.state not in ("starting", "running", "draining")
-            write_status(accepted.out_uri, progress, speed, log.at_end(driver) if over else log.so_far(driver))
+            account = log.at_end(driver) if over else log.so_far(driver)
+            metrics.tell(snapshot(progress, account))
+            write_status(accepted.out_uri, progress, speed, account)
         except Exception as error:  # whatever the store's SDK raises
             if not status_failed:
                 display.say(f"the status cannot be written: {type(error).__name__}: {error}")

@@ -159,6 +159,8 @@ def replica_specs(spec: NodeSpec, model: Model, plan: ReplicaPlan, folder: str) 
                 rendezvous=storage.absolute(cluster.rendezvous) if cluster.rendezvous else None,
                 keys=storage.absolute(cluster.keys) if cluster.keys else None,
                 insecure=cluster.insecure,
+                metrics_port=cluster.metrics_port_of(index),
+                metrics_host=cluster.metrics_host,
             ),
             environment=plan.environment_of(index),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -66,6 +67,7 @@ class Replica:
         self._making = threading.Lock()
         self._running: dict[str, Future[dict[str, Any]]] = {}
         self._lock = threading.Lock()
+        self._errors: Counter[str] = Counter()
         self._active = 0
         self._changed = threading.Condition()
 
@@ -85,6 +87,8 @@ class Replica:
         try:
             with self._counted():
                 report, outcome = run_unit(wanted, out_uri, self._tools_for(out_uri, fingerprint))
+            with self._lock:
+                self._errors.update(report.errors)
             result = {"report": asdict(report), "outcome": outcome, "said": self._said()}
         except BaseException as error:
             if isinstance(error, TokenmillError):
@@ -114,6 +118,11 @@ class Replica:
             units = list(self._running)
         counters, ledger = asdict(self.engine.counters()), asdict(self.engine.reading())
         return {**counters, "ledger": ledger, "window_rows": self.engine.window_rows, "units": units}
+
+    def errors(self) -> dict[str, int]:
+        """Error rows of units that were committed here, by kind."""
+        with self._lock:
+            return dict(self._errors)
 
     def _said(self) -> dict[str, Any]:
         return {"name": self.name, "ledger": asdict(self.engine.reading())}

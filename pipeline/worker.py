@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from schemas.errors import EngineEvicted
+from schemas.errors import JobError
 from schemas.errors import TokenmillError
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class WorkerConfig:
     """Whether a published address may be tcp://."""
     spawned_at: float | None = None
     """When its process was started, monotonic seconds (one clock for all processes of a machine)."""
+
+    metrics_port: int | None = None
+    """Where to serve Prometheus metrics; None for nowhere."""
+    metrics_host: str = "127.0.0.1"
 
     @property
     def config_path(self) -> Path:
@@ -192,6 +197,8 @@ def main(config_path: str) -> int:
     gc.freeze()
     gc.enable()
     threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
+    if config.metrics_port is not None:
+        _serve_metrics(config, replica)
     ready: dict[str, Any] = {"state": "ready", "start_s": round(time.monotonic() - spawned_at, 1), "engine": asdict(replica.engine.info)}
     _say(config, **ready)
     from pipeline.membership import serve  # Dask: a second of imports
@@ -221,6 +228,20 @@ def introduction(config: WorkerConfig, model: Model, replica: Replica, *, start_
         "start_s": start_s,
         "pid": os.getpid(),
     }
+
+
+def _serve_metrics(config: WorkerConfig, replica: Replica) -> None:
+    """They are for people: a port that is taken stops nothing, and is said in the replica's log."""
+    from pipeline.metrics import ReplicaMetrics
+    from pipeline.metrics import Server
+
+    assert config.metrics_port is not None
+    try:
+        server = Server([ReplicaMetrics(replica)], host=config.metrics_host, port=config.metrics_port)
+    except JobError as error:
+        print(f"worker {config.name}: {error}", file=sys.stderr, flush=True)
+        return
+    print(f"worker {config.name}: metrics at {server.address}", flush=True)
 
 
 def _say(config: WorkerConfig, **values: Any) -> None:

@@ -208,6 +208,10 @@ class ClusterSpec(Frozen):
     """With kind address: plain tcp://, over which whoever reaches a node's ports may run code there."""
     leave_out: list[str] = []
     """With kind address: names of nodes that get no unit of this job, as `tokenmill preflight` names slow ones."""
+    metrics_port: int | None = Field(default=None, ge=1, le=64_000)
+    """Serve metrics for Prometheus: the driver's on this port, those of each node's replica number n on this port + 1 + n."""
+    metrics_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """The interface on which metrics are served. They ask for no password, and hold names and numbers alone."""
     endpoint: str | None = None
     """With azure-batch: the account, as in https://ACCOUNT.REGION.batch.azure.com."""
     driver_pool: Annotated[str | None, Field(pattern=POOL_ID)] = None
@@ -226,6 +230,10 @@ class ClusterSpec(Frozen):
     """With azure-batch: the nodes' local disk, which `tokenmill node-start` made; weights are kept there for all tasks of a node."""
     max_hours: int = Field(default=24, ge=1, le=720)
     """With azure-batch: Batch ends driver and workers after so many hours, whatever happens."""
+
+    def metrics_port_of(self, replica: int) -> int | None:
+        """Of a node's replica number so much."""
+        return None if self.metrics_port is None else self.metrics_port + 1 + replica
 
     @model_validator(mode="after")
     def _inline_is_one(self) -> Self:

@@ -71,6 +71,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--rendezvous", help="Instead of --scheduler: the folder or URI where it publishes its address."),
             click.option("--keys", help="With --cluster address: the folder that `tokenmill keys` made."),
             click.option("--insecure", is_flag=True, default=None, help="With --cluster address: no TLS; see README, Security."),
+            click.option("--metrics-port", type=int, help="Serve Prometheus metrics there, on the loopback interface; see README."),
             click.option("--replicas", type=int, help="Engine replicas; by default what the profile finds good."),
             click.option(
                 "--set",
@@ -98,6 +99,7 @@ FLAGS = {
     "engine": "engine.kind",
     "profile": "engine.profile",
     "cluster": "cluster.kind",
+    "metrics_port": "cluster.metrics_port",
     "replicas": "cluster.replicas",
     "scheduler": "cluster.address",
     "rendezvous": "cluster.rendezvous",

@@ -24,6 +24,7 @@ from jobs.cli.group import storage_option
 @click.option("--insecure", is_flag=True, default=None, help="Allow tcp://: whoever reaches this node's ports may run code on it.")
 @click.option("--replicas", type=click.IntRange(min=1), help="Engine replicas; by default what the profile finds good.")
 @click.option("--name", help="This node's name; by default the machine's.")
+@click.option("--metrics-port", type=int, help="Serve Prometheus metrics: replica number n on this port + 1 + n.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Another field, as in engine.options.dtype=float16.")
 def worker(job_file: str | None, replicas: int | None, name: str | None, settings: tuple[str, ...], **flags: Any) -> None:
     """Run this node's engine replicas for a cluster: they join its scheduler when they are ready, and the next one when that is lost.

@@ -20,6 +20,7 @@ from pipeline.supervisor import ReplicaSpec
 from pipeline.supervisor import Supervisor
 from pipeline.supervisor import engines_at_once
 from pipeline.worker import WorkerConfig
+from schemas.job import ClusterSpec
 from schemas.unit import WorkUnit
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 class LocalCluster:
     """Replicas as child processes. They end with this process, however it ends."""
 
-    def __init__(self, *, plan: ReplicaPlan, model: Model, kind: str, units_at_once: int, silence_s: float) -> None:
+    def __init__(
+        self, *, plan: ReplicaPlan, model: Model, kind: str, units_at_once: int, silence_s: float, spec: ClusterSpec | None = None
+    ) -> None:
+        """With `spec`, metrics are served as it says."""
+        spec = spec or ClusterSpec()
         folder = tempfile.mkdtemp(prefix="tokenmill-")
         specs = [
             ReplicaSpec(
@@ -42,6 +47,8 @@ class LocalCluster:
                     options=plan.options,
                     num_threads=units_at_once,
                     folder=folder,
+                    metrics_port=spec.metrics_port_of(index),
+                    metrics_host=spec.metrics_host,
                 ),
                 environment=plan.environment_of(index),
             )

@@ -139,7 +139,7 @@ def read_lengths(out_uri: str, names: list[str], *, prefix: str, most: int = MAX
     def read(name: str) -> tuple[Counts, Counts]:
         with open_parquet(storage.join(out_uri, name)) as parquet:
             table = parquet.read(columns=wanted, use_threads=False)
-        answered = table.filter(pc.not_equal(table.column(wanted[0]), FINISH_ERROR))
+        answered = table.filter(pc.not_equal(table.column(wanted[0]), pa.scalar(FINISH_ERROR)))
         prompt, completion = (answered.column(column).to_numpy().astype(np.int64) for column in wanted[1:])
         return prompt, completion
 

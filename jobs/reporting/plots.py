@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jobs.reporting.figures import Numbers
 from schemas.ledger import KINDS
+from schemas.ledger import Kind
 
 _WIDTH = 440
 """Points: text stays readable where a phone shrinks it to 350 pixels, and two stand side by side on a laptop."""
@@ -26,7 +27,7 @@ _VARIABLES = {_INK: "ink", _GRID: "grid", _MAIN: "main", _OTHER: "other", **{col
 """Colours that nobody would choose, each standing for a variable of the page's style."""
 _NAME_CHARACTERS = 16
 _BAR_POINTS = 17
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names are data
     "font.family": "DejaVu Sans",  # comes with matplotlib; what is measured, and nearly what is shown
@@ -87,7 +88,7 @@ def _over_time(edges_s: Numbers, marks_s: Sequence[float], unit: str) -> tuple[F
     return figure, axes, scale
 
 
-def stacked(seconds: Mapping[str, Mapping[str, float]]) -> str:
+def stacked(seconds: Mapping[str, Mapping[Kind, float]]) -> str:
     """One bar a name, cut by kind of second."""
     with matplotlib.rc_context(_SETTINGS):
         names = list(seconds)

@@ -29,7 +29,7 @@ from schemas.ledger import ReplicaAccount
 MAX_BARS = 24
 MAX_ROWS = 60
 """Of a table with a row for each replica or node; `tokenmill report --json` has them all."""
-_KIND_WORDS = {kind: kind.replace("_", "-") for kind in KINDS}
+_KIND_WORDS: dict[str, str] = {kind: kind.replace("_", "-") for kind in KINDS}
 _GOES_ON = ("starting", "running", "draining")
 _TONES: Mapping[str, Tone] = {"complete": "good", "failed": "bad", "interrupted": "bad"}
 
@@ -174,7 +174,7 @@ def ledger(evidence: Evidence) -> Section:
     says = ", ".join(f"{_KIND_WORDS[kind]} {percent(seconds / total_s if total_s else 0.0)}" for kind, seconds in of_kind.items())
     if len(shown) < len(replicas):
         says += f". Of {len(replicas):,} replicas the {len(shown) // 2} least and the {len(shown) - len(shown) // 2} most busy are drawn"
-    svg = plots.stacked({replica.name: {**replica.seconds} for replica in shown})
+    svg = plots.stacked({replica.name: dict(replica.seconds) for replica in shown})
     legend = tuple((kind, _KIND_WORDS[kind]) for kind in KINDS)
     return Section(
         title="Engine seconds",
@@ -191,7 +191,7 @@ def ledger(evidence: Evidence) -> Section:
 def _spread_table(replicas: Sequence[ReplicaAccount]) -> Table:
     """The statistics of every column of the ledger, a row each."""
     columns = statistics_of(replicas)
-    words = {"lifetime_s": "seconds", **_KIND_WORDS, "output_tokens": "output tokens", "output_tokens_per_s": "tokens/s"}
+    words: dict[str, str] = {"lifetime_s": "seconds", **_KIND_WORDS, "output_tokens": "output tokens", "output_tokens_per_s": "tokens/s"}
     return Table(
         title="Over replicas",
         columns=("", *STATISTICS),
