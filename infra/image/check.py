@@ -28,7 +28,7 @@ def problems(versions: Mapping[str, str], packages: Path) -> list[str]:
 
 if __name__ == "__main__":
     installed = {one.metadata["Name"].lower(): one.version for one in metadata.distributions()}
-    wrong = problems(installed, Path(metadata.distribution("vllm").locate_file("")) if "vllm" in installed else Path(sys.prefix))
+    wrong = problems(installed, Path(str(metadata.distribution("vllm").locate_file(""))) if "vllm" in installed else Path(sys.prefix))
     if shutil.which("tokenmill", path=f"{sys.prefix}/bin") is None:
         wrong.append("there is no command tokenmill")
     sys.exit("\n".join(wrong) or 0)

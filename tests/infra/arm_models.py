@@ -33,7 +33,7 @@ MODELS = {
     "Microsoft.Storage/storageAccounts/blobServices/containers": "storage.BlobContainer",
     "Microsoft.Storage/storageAccounts/managementPolicies": "storage.ManagementPolicy",
 }
-KEYS = {
+KEYS: dict[str, dict[str, set[str]]] = {
     "Microsoft.Authorization/roleAssignments": {"properties": {"roleDefinitionId", "principalId", "principalType"}},
     "Microsoft.Insights/diagnosticSettings": {"properties": {"workspaceId", "logs", "metrics"}},
     "Microsoft.ManagedIdentity/userAssignedIdentities": {"location": set(), "tags": set()},

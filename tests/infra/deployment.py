@@ -22,7 +22,7 @@ from tests.infra.bicep import Declaration
 from tests.infra.bicep import Template
 from tests.infra.bicep import text_of
 
-_TYPES: dict[str, type | tuple[type, ...]] = {"string": str, "int": int, "bool": bool, "array": list, "object": dict}
+_TYPES: dict[str, Any] = {"string": str, "int": int, "bool": bool, "array": list, "object": dict}
 _AT_RUN_TIME = {
     ("Microsoft.Batch/batchAccounts", "accountEndpoint"): "{name}.westeurope.batch.azure.com",
     ("Microsoft.ContainerRegistry/registries", "loginServer"): "{name}.azurecr.io",
@@ -132,7 +132,7 @@ class _Scope:
         if not isinstance(value, _TYPES[one.type]) or (one.type == "int" and isinstance(value, bool)):
             raise BicepError(f"{what} is {value!r}, expected {one.type}")
         limits = {name: self._evaluate(bicep.items(node)[0], {}) for name, node in one.decorators.items() if bicep.items(node)}
-        size = value if isinstance(value, int) else len(value)
+        size: int = value if isinstance(value, int) else len(value)
         if "allowed" in limits and value not in limits["allowed"]:
             raise BicepError(f"{what} is {value!r}, allowed are {limits['allowed']}")
         if size < limits.get("minValue", limits.get("minLength", size)) or size > limits.get("maxValue", limits.get("maxLength", size)):

@@ -86,7 +86,7 @@ def _no_way_in(deployed: Deployed) -> list[str]:
             for rule in incoming
             if rule["access"] == "Allow" and rule["sourceAddressPrefix"] in _EVERYWHERE
         ]
-        last = max(incoming, key=lambda rule: rule["priority"], default={})
+        last: dict[str, Any] = max(incoming, key=lambda rule: rule["priority"], default={})
         if (last.get("access"), last.get("sourceAddressPrefix"), last.get("destinationPortRange"), last.get("protocol")) != (
             "Deny",
             "*",

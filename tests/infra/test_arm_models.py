@@ -43,9 +43,9 @@ def made(**instead: Any) -> Deployed:
 
 def changed(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """A copy in which one key, given as a.b.c, has another value."""
-    copy = json.loads(json.dumps(body))
+    copy: dict[str, Any] = json.loads(json.dumps(body))
     *way, last = path.split(".")
-    inner = copy
+    inner: Any = copy
     for key in way:
         inner = inner[int(key)] if isinstance(inner, list) else inner[key]
     inner[last] = value
@@ -95,7 +95,8 @@ class Wire(BaseAdapter):
         self.sent: list[tuple[str, str, dict[str, Any]]] = []
 
     def send(self, request: PreparedRequest, *_: Any, **__: Any) -> Response:
-        body = json.loads(request.body or "{}")
+        assert isinstance(request.body, str | bytes)
+        body = json.loads(request.body)
         self.sent.append((str(request.method), str(request.url), body))
         raw = HTTPResponse(
             io.BytesIO(json.dumps(body).encode()), headers={"Content-Type": "application/json"}, status=200, preload_content=False
