@@ -126,7 +126,7 @@ def job_of(spec: RehearsalSpec, base: str, place: str) -> JobSpec:
         {
             "name": "rehearsal",
             "model": spec.model,
-            "input": {"uri": storage.join(base, "in"), "prompt": "prompt"},
+            "input": {"uri": storage.join(base, "in"), "prompt": "prompt", "too_long": "truncate_right"},
             "output": {"uri": storage.join(base, "out")},
             "sampling": {"max_tokens": spec.max_tokens, "temperature": 0.0},
             "engine": {"kind": "simulated"},
