@@ -86,22 +86,24 @@ class RunMetrics(Collector):
 
 
 def run_families(job: str, told: Snapshot) -> Iterator[Metric]:
-    """A snapshot as metrics."""
+    """A snapshot as metrics. The label is `job_name`: Prometheus gives every series a `job` of its own."""
     for name, what, count in (
         ("rows", "Rows committed by this run.", told.rows),
         ("prompt_tokens", "Prompt tokens of those rows.", told.prompt_tokens),
         ("output_tokens", "Output tokens of those rows.", told.output_tokens),
         ("unit_retries", "Units that were tried again.", told.retries),
     ):
-        counter = CounterMetricFamily(f"tokenmill_run_{name}", what, labels=["job"])
+        counter = CounterMetricFamily(f"tokenmill_run_{name}", what, labels=["job_name"])
         counter.add_metric([job], count)
         yield counter
-    failed = CounterMetricFamily("tokenmill_run_error_rows", "Error rows committed by this run, by kind.", labels=["job", "kind"])
+    failed = CounterMetricFamily("tokenmill_run_error_rows", "Error rows committed by this run, by kind.", labels=["job_name", "kind"])
     for kind, count in sorted(told.errors.items()):
         failed.add_metric([job, kind], count)
     yield failed
     # Not counters: what is starved now is tail in the end.
-    seconds = GaugeMetricFamily("tokenmill_run_engine_seconds", "Seconds of all replicas, by the ledger's kinds.", labels=["job", "kind"])
+    seconds = GaugeMetricFamily(
+        "tokenmill_run_engine_seconds", "Seconds of all replicas, by the ledger's kinds.", labels=["job_name", "kind"]
+    )
     for kind, value in told.engine_seconds.items():
         seconds.add_metric([job, kind], value)
     yield seconds
@@ -114,16 +116,16 @@ def run_families(job: str, told: Snapshot) -> Iterator[Metric]:
         ("rows_planned", "Rows of the output.", told.rows_planned),
         ("replicas", "Replicas that are ready.", told.replicas),
     ):
-        gauge = GaugeMetricFamily(f"tokenmill_run_{name}", what, labels=["job"])
+        gauge = GaugeMetricFamily(f"tokenmill_run_{name}", what, labels=["job_name"])
         gauge.add_metric([job], number)
         yield gauge
     cost = GaugeMetricFamily(
-        "tokenmill_run_cost_usd", "What this run's nodes have cost; not there where no price is known.", labels=["job"]
+        "tokenmill_run_cost_usd", "What this run's nodes have cost; not there where no price is known.", labels=["job_name"]
     )
     if told.usd is not None:
         cost.add_metric([job], told.usd)
     yield cost
-    state = InfoMetricFamily("tokenmill_run_state", "How the run stands.", labels=["job"])
+    state = InfoMetricFamily("tokenmill_run_state", "How the run stands.", labels=["job_name"])
     state.add_metric([job], {"state": told.state})
     yield state
 

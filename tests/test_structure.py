@@ -47,6 +47,7 @@ _OWNERS = {
     "transformers": {"pipeline/render.py", "pipeline/quantise.py"},
     "yaml": {"jobs/api.py", "jobs/started.py", "jobs/backtest.py", "jobs/cli/group.py", "jobs/reporting/origin.py", "pipeline/hardware.py"},
     "matplotlib": {"jobs/reporting/plots.py"},
+    "prometheus_client": {"jobs/metrics.py", "pipeline/metrics.py"},
 }
 """Heavy or narrow packages live with their owner."""
 

@@ -67,7 +67,8 @@ def test_everything_that_is_served_of_a_run_is_shown_or_left_out_on_purpose() ->
     shown = {word for query in queries() for word in _WORD.findall(query)}
     left_out = {
         "tokenmill_run_rows_total", "tokenmill_run_prompt_tokens_total", "tokenmill_run_output_tokens_total",
-        "tokenmill_run_units_done", "tokenmill_run_units_planned", "tokenmill_replica_units_in_flight", "tokenmill_replica_error_rows_total",
+        "tokenmill_run_units_done", "tokenmill_run_units_planned", "tokenmill_replica_units_in_flight",
+        "tokenmill_replica_error_rows_total",
     }  # fmt: skip
     assert names - shown == left_out
 
