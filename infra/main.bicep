@@ -360,25 +360,27 @@ module scaleSet 'modules/scale-set-cluster.bicep' = if (arm64) {
   }
 }
 
+var scaleSetCluster = {
+  kind: 'address'
+  rendezvous: scaleSetRendezvous
+  keys: scaleSetKeys
+}
+
+var batchCluster = {
+  kind: 'azure-batch'
+  endpoint: batch.outputs.endpoint
+  driver_pool: drivers.outputs.poolName
+  worker_pool: 'workers'
+  nodes: maxWorkers
+  image: image
+  identity: nodeIdentity.outputs.identityId
+  client_id: nodeIdentity.outputs.clientId
+  keys: 'az://keys/jobs'
+  scratch: scratch
+}
+
 @description('The cluster section of a job file, whole. `az deployment group show` prints it as YAML.')
-output cluster object = arm64
-  ? {
-      kind: 'address'
-      rendezvous: scaleSetRendezvous
-      keys: scaleSetKeys
-    }
-  : {
-      kind: 'azure-batch'
-      endpoint: batch.outputs.endpoint
-      driver_pool: drivers.outputs.poolName
-      worker_pool: 'workers'
-      nodes: maxWorkers
-      image: image
-      identity: nodeIdentity.outputs.identityId
-      client_id: nodeIdentity.outputs.clientId
-      keys: 'az://keys/jobs'
-      scratch: scratch
-    }
+output cluster object = arm64 ? scaleSetCluster : batchCluster
 
 @description('The storage section of a job file, whole.')
 output storage object = {
