@@ -25,6 +25,7 @@ from jobs.batch_run import Outcome
 from jobs.cluster.azure_batch import METRICS
 from jobs.cluster.azure_batch import STAMP
 from jobs.cluster.batch_account import BatchAccount
+from jobs.cluster.batch_account import BatchSilent
 from jobs.cluster.batch_nodes import BatchCluster
 from jobs.cluster.cluster import Cluster
 from jobs.driver import drain_asked_since
@@ -116,7 +117,7 @@ def _run(job: JobSpec, taken: Taken, task: BatchTask, cluster_of: Callable[[Acce
     try:
         result = api.run(job, taken=taken, cluster_of=cluster_of)
     except TokenmillError as error:
-        if error.exit_code != EXIT_UNITS_FAILED:
+        if error.exit_code != EXIT_UNITS_FAILED and not isinstance(error, BatchSilent):
             ended(error.exit_code, str(error))
         raise
     Path(METRICS).write_text(json.dumps(result.to_dict(), indent=1))

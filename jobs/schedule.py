@@ -13,8 +13,8 @@ from jobs.cluster.batch_account import BatchAccount
 from jobs.cluster.batch_account import ScheduleState
 from jobs.cluster.batch_account import recorded
 from jobs.status import read_status
-from jobs.submit import check_kind
-from jobs.submit import check_pools
+from jobs.submission import check_kind
+from jobs.submission import check_pools
 from pipeline import storage
 from schemas.batch import ScheduleSpec
 from schemas.errors import JobError

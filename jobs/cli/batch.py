@@ -37,10 +37,10 @@ def submit(job_file: str | None, wait: bool, dry_run: bool, **flags: Any) -> Non
       tokenmill submit job.yaml --dry-run --set cluster.nodes=8
     """
     from jobs.cluster.batch_account import BatchAccount
-    from jobs.submit import check_kind
-    from jobs.submit import follow
-    from jobs.submit import requests_of
-    from jobs.submit import submit as submit_job
+    from jobs.submission import check_kind
+    from jobs.submission import follow
+    from jobs.submission import requests_of
+    from jobs.submission import submit as submit_job
 
     job = build_job(job_file, flags)
     check_kind(job)
@@ -70,7 +70,7 @@ def logs(output: str, task: str, job_id: str | None) -> None:
       tokenmill logs az://results/night
       tokenmill logs az://results/night --task node-0003
     """
-    from jobs.submit import logs as read_logs
+    from jobs.submission import logs as read_logs
 
     for stream, text in read_logs(output, task, job_id):
         click.echo(f"== {stream} of {task}")
@@ -165,9 +165,9 @@ def show(job_file: str) -> None:
 
 def _on_schedule(name: str, text: str) -> None:
     def act(job_file: str) -> None:
-        from jobs import schedule as actions
+        from importlib import import_module
 
-        click.echo(getattr(actions, name)(read_job(job_file, ())))
+        click.echo(getattr(import_module("jobs.schedule"), name)(read_job(job_file, ())))
 
     act.__doc__ = f"{text}\n\n    \b\n    Example:\n      tokenmill schedule {name} job.yaml\n    "
     schedule.command(name)(click.argument("job_file", type=click.Path(dir_okay=False))(act))

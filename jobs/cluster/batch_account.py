@@ -35,6 +35,7 @@ from jobs.cluster.batch_advice import TaskState
 from jobs.cluster.batch_advice import explain
 from schemas.errors import JobError
 
+_BUSY = (408, 429, 500, 502, 503, 504)
 _NODES_AT_ONCE = 100
 """Tasks that one request may add."""
 _TRIES_AGAIN = 4
@@ -62,8 +63,13 @@ class ScheduleState:
     job_file: str
 
 
+class BatchSilent(JobError):
+    """The service, or the way to it, did not answer: the same request may go well later."""
+
+
 class BatchAccount:
-    """One account. Whatever the service refuses is a JobError with the cause and the next step."""
+    """One account. Whatever the service refuses is a JobError with the cause and the next step; where it may be otherwise in a
+    moment, a BatchSilent."""
 
     def __init__(self, endpoint: str, client: BatchClient | None = None) -> None:
         self.endpoint = endpoint
@@ -211,7 +217,8 @@ class BatchAccount:
         skew_s = _skew(getattr(error.response, "headers", {}).get("Date"), time.time())
         said = _message(error)
         code = _code(error) or ("AuthenticationFailed" if isinstance(error, ClientAuthenticationError) else "")
-        return JobError(explain(doing=doing, code=code, message=said, status=error.status_code, skew_s=skew_s))
+        kind = BatchSilent if error.status_code in _BUSY else JobError
+        return kind(explain(doing=doing, code=code, message=said, status=error.status_code, skew_s=skew_s))
 
 
 @contextmanager

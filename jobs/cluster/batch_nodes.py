@@ -57,8 +57,13 @@ def create_numbered(account: BatchAccount, job_id: str, create: Callable[[str], 
 def ask_for_nodes(account: BatchAccount, order: Order, job_id: str, *, rendezvous: str, keys: str) -> str:
     """The nodes' job with all its tasks, made now or by an earlier start of this driver. Returns its id. Raises JobError."""
     name, _ = create_numbered(account, job_id, lambda name: account.create_job(azure_batch.nodes_job(order, name)))
-    account.add_tasks(name, azure_batch.node_tasks(order, name, rendezvous=rendezvous, keys=keys))
-    account.update_job(name, azure_batch.end_with_tasks())
+    try:
+        account.add_tasks(name, azure_batch.node_tasks(order, name, rendezvous=rendezvous, keys=keys))
+        account.update_job(name, azure_batch.end_with_tasks())
+    except JobError:
+        with contextlib.suppress(JobError):
+            account.end_job(name)
+        raise
     return name
 
 
@@ -102,6 +107,7 @@ class BatchCluster:
             self._inner = AddressCluster(spec=address, out_uri=out_uri, model=model, kind=kind)
         except BaseException:
             self._scheduler.close()
+            handover.take_away(self._keys)
             raise
         self._thread = threading.Thread(target=self._watch, name="batch", daemon=True)
         self._thread.start()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.submit import requests_of
+from jobs.submission import requests_of
 from pipeline import storage
 from schemas.job import ClusterSpec
 from schemas.job import JobSpec

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from jobs import submit
 from jobs.batch_run import order_for
 from jobs.cluster import azure_batch
 from jobs.cluster.azure_batch import Order
 from jobs.cluster.batch_account import BatchAccount
+from jobs.cluster.batch_account import BatchSilent
 from jobs.cluster.batch_advice import PoolState
 from jobs.cluster.batch_advice import TaskState
 from jobs.cluster.batch_advice import ended_words
@@ -24,16 +24,17 @@ from jobs.cluster.batch_advice import resize_problems
 from jobs.cluster.batch_nodes import ask_for_nodes
 from jobs.cluster.batch_nodes import create_numbered
 from jobs.cluster.batch_nodes import news
+from jobs.submission import check_pools
 from pipeline import storage
 from schemas.batch import ScheduleSpec
 from schemas.errors import EXIT_WRONG_JOB
 from schemas.errors import JobError
 from schemas.job import parse_job
 from tests.azurite import Azurite
+from tests.batch_http import Site
+from tests.batch_http import serving
 from tests.batch_service import Refused
 from tests.batch_service import Service
-from tests.batch_service import Site
-from tests.batch_service import serving
 from tests.jobs.batch_jobs import IDENTITY
 from tests.jobs.batch_jobs import batch_job
 
@@ -92,6 +93,28 @@ def test_a_refusal_comes_with_its_cause_and_the_next_step(
     text = said(lambda: account.create_job(azure_batch.driver_job(an_order(), "night-1")))
     assert text.startswith(f"creating job night-1: Azure Batch said {code}: the service's own words. What to do: ")
     assert expected in text
+
+
+def test_a_service_that_is_busy_or_away_is_told_from_one_that_refuses(site: Site, service: Service) -> None:
+    """A driver is started again after the one, and not after the other."""
+    from azure.batch import BatchClient
+    from azure.identity import DefaultAzureCredential
+
+    account = BatchAccount(site.endpoint, BatchClient(site.endpoint, DefaultAzureCredential(), retry_total=0))
+    service.refuse["GET", "/pools/driver"] = Refused(503, "ServerBusy", "The server is busy.")
+    with pytest.raises(BatchSilent, match="try again in a minute"):
+        account.pool("driver")
+    service.refuse["GET", "/pools/driver"] = Refused(403, "PermissionDenied", "no")
+    with pytest.raises(JobError) as refused:
+        account.pool("driver")
+    assert not isinstance(refused.value, BatchSilent)
+
+
+def test_nodes_that_cannot_be_asked_for_leave_no_job_behind(account: BatchAccount, service: Service) -> None:
+    service.refuse["POST", "/jobs/night-1-nodes/addtaskcollection"] = Refused(400, "InvalidPropertyValue", "no")
+    text = said(lambda: ask_for_nodes(account, an_order(), "night-1-nodes", rendezvous="az://results/r", keys="az://k/night-1"))
+    assert text.startswith("adding 2 tasks to job night-1-nodes: ")
+    assert service.jobs["night-1-nodes"].state in ("terminating", "completed")
 
 
 @pytest.mark.parametrize(("off_s", "words"), [(-3600.0, "60 minutes ahead of"), (3600.0, "60 minutes behind")])
@@ -165,17 +188,17 @@ def test_a_job_that_should_end_with_its_tasks_would_end_at_once_if_it_said_so_be
 
 def test_pools_are_looked_at_before_anything_is_sent(account: BatchAccount, service: Service, site: Site) -> None:
     job = parse_job(batch_job(cluster={"endpoint": site.endpoint}))
-    assert "cluster.driver_pool: pool driver does not exist" in said(lambda: submit.check_pools(account, job))
+    assert "cluster.driver_pool: pool driver does not exist" in said(lambda: check_pools(account, job))
     service.add_pool("driver", nodes=1, identity=IDENTITY, slots=4)
     pool = service.add_pool("nd-h100", nodes=0, identity=IDENTITY)
-    assert submit.check_pools(account, job) == []
+    assert check_pools(account, job) == []
     pool.resize_errors = [{"code": "AllocationFailed", "message": "Allocation failed."}]
-    (note,) = submit.check_pools(account, job)
+    (note,) = check_pools(account, job)
     assert note.startswith("pool nd-h100 (standard_nd96isr_h100_v5) has 0 of 0 nodes: AllocationFailed: ")
     pool.slots = 2
-    assert "runs 2 tasks a node, expected 1" in said(lambda: submit.check_pools(account, job))
+    assert "runs 2 tasks a node, expected 1" in said(lambda: check_pools(account, job))
     pool.identities = {"/subscriptions/other"}
-    assert "does not have the identity" in said(lambda: submit.check_pools(account, job))
+    assert "does not have the identity" in said(lambda: check_pools(account, job))
 
 
 _POOL = PoolState(

@@ -21,10 +21,10 @@ from jobs.verify import verify
 from pipeline import rendezvous
 from tests.azurite import CONNECTION_STRING
 from tests.azurite import Azurite
+from tests.batch_http import Site
+from tests.batch_http import serving
 from tests.batch_service import Job
-from tests.batch_service import Site
 from tests.batch_service import Task
-from tests.batch_service import serving
 from tests.commands import PATIENCE_S
 from tests.commands import Command
 from tests.jobs.batch_jobs import CLIENT_ID

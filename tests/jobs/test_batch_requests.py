@@ -15,12 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from jobs import batch_run
-from jobs import schedule
-from jobs import submit
 from jobs.cli import main
 from jobs.cluster.azure_batch import node_tasks
 from jobs.cluster.batch_account import BatchAccount
 from jobs.cluster.batch_account import recorded
+from jobs.schedule import requests_of as schedule_requests
+from jobs.submission import requests_of
 from schemas.errors import JobError
 from schemas.job import parse_job
 from tests.jobs.batch_jobs import batch_job
@@ -39,12 +39,12 @@ def check(name: str, found: Any) -> None:
 
 
 def test_what_submit_and_its_driver_send() -> None:
-    check("submit", submit.requests_of(parse_job(batch_job()), _NOW))
+    check("submit", requests_of(parse_job(batch_job()), _NOW))
 
 
 def test_what_schedule_create_sends() -> None:
     when = {"every": "1d", "first": "2026-12-01T02:30:00Z", "until": "2027-12-01T00:00:00Z", "window": "2h"}
-    check("schedule", schedule.requests_of(parse_job(batch_job(schedule=when)), _NOW))
+    check("schedule", schedule_requests(parse_job(batch_job(schedule=when)), _NOW))
 
 
 _CALLS: dict[str, Callable[[BatchAccount], Any]] = {
@@ -62,7 +62,7 @@ def test_what_short_orders_send(name: str) -> None:
 
 def test_a_thousand_nodes_go_in_hundreds() -> None:
     job = parse_job(batch_job(cluster={"nodes": 1000}))
-    sent = submit.requests_of(job, _NOW)["sent_by_driver"]
+    sent = requests_of(job, _NOW)["sent_by_driver"]
     counts = [len(request["body"]["value"]) for request in sent if "addtaskcollection" in request["url"]]
     assert counts == [100] * 10
     ids = [task["id"] for request in sent if "addtaskcollection" in request["url"] for task in request["body"]["value"]]
@@ -75,7 +75,7 @@ def test_no_key_and_no_signature_is_in_any_request() -> None:
 
 
 def test_every_task_has_the_identity_and_none_is_a_multi_instance_one() -> None:
-    sent = submit.requests_of(parse_job(batch_job()), _NOW)
+    sent = requests_of(parse_job(batch_job()), _NOW)
     manager = sent["sent_by_submit"][0]["body"]["jobManagerTask"]
     for task in [manager, *sent["sent_by_driver"][1]["body"]["value"]]:
         files = [*task["resourceFiles"], *(each["destination"]["container"] for each in task["outputFiles"])]
