@@ -48,6 +48,11 @@ param driverSize string = 'Standard_D4ds_v5'
 @maxValue(100)
 param maxDriverNodes int = 2
 
+@description('Driver nodes that stay when there is no job, so that a job starts some ten minutes sooner.')
+@minValue(0)
+@maxValue(100)
+param warmDriverNodes int = 0
+
 @description('Ubuntu of the x86-64 nodes, as Microsoft\'s HPC image has it. MI300X takes the one with ROCm by itself.')
 @allowed([
   '2204'
@@ -255,14 +260,8 @@ module nodeRoles 'modules/roles.bicep' = {
     principalId: nodeIdentity.outputs.principalId
     principalType: 'ServicePrincipal'
     storageName: storage.outputs.accountName
-    readable: [
-      'input'
-      'models'
-    ]
-    writable: [
-      'output'
-      'keys'
-    ]
+    readable: ['input', 'models']
+    writable: ['output', 'keys']
     registryName: registry.outputs.registryName
     push: false
     batchName: batch.outputs.accountName
@@ -276,11 +275,7 @@ module operatorRoles 'modules/roles.bicep' = if (!empty(operatorObjectId)) {
     principalType: operatorType
     storageName: storage.outputs.accountName
     readable: []
-    writable: [
-      'input'
-      'output'
-      'models'
-    ]
+    writable: ['input', 'output', 'models']
     registryName: registry.outputs.registryName
     push: true
     batchName: batch.outputs.accountName
@@ -300,6 +295,7 @@ module drivers 'modules/pool.bicep' = {
     name: 'drivers'
     vmSize: driverSize
     maxNodes: maxDriverNodes
+    minNodes: warmDriverNodes
     taskSlots: 4
     spot: false
     ubuntu: ubuntu
@@ -323,6 +319,7 @@ module workers 'modules/pool.bicep' = if (!arm64) {
     name: 'workers'
     vmSize: workerSize
     maxNodes: maxWorkers
+    minNodes: 0
     taskSlots: 1
     spot: spotWorkers
     ubuntu: contains(workerSize, 'MI300X') ? '2204-rocm' : ubuntu

@@ -14,6 +14,10 @@ param vmSize string
 @maxValue(1000)
 param maxNodes int
 
+@description('Nodes that stay when there is no work. They cost, and save the minutes that a node takes to come up.')
+@minValue(0)
+param minNodes int
+
 @description('Tasks that run on a node at once. A worker takes a whole node; drivers are small.')
 @minValue(1)
 @maxValue(256)
@@ -67,7 +71,7 @@ var registry = {
 // a node from under a task.
 var wanted = '$samples = $PendingTasks.GetSamplePercent(TimeInterval_Minute * 10); $tasks = $samples < 70 ? max(0, $PendingTasks.GetSample(1)) : max($PendingTasks.GetSample(1), avg($PendingTasks.GetSample(TimeInterval_Minute * 10)));'
 var target = spot ? '$TargetLowPriorityNodes' : '$TargetDedicatedNodes'
-var formula = '${wanted} ${target} = min(${maxNodes}, ($tasks + ${taskSlots - 1}) / ${taskSlots}); $NodeDeallocationOption = taskcompletion;'
+var formula = '${wanted} ${target} = min(${maxNodes}, max(${minNodes}, ($tasks + ${taskSlots - 1}) / ${taskSlots})); $NodeDeallocationOption = taskcompletion;'
 
 var startTask = {
   commandLine: 'tokenmill node-start ${scratch}'

@@ -208,11 +208,13 @@ def pools(deployed: Deployed) -> list[str]:
     for one in _made(deployed, POOL):
         has = one.body["properties"]
         formula = has["scaleSettings"].get("autoScale", {}).get("formula", "")
-        goal = re.findall(r"\$Target(Dedicated|LowPriority)Nodes = min\((\d+), ", formula)
+        goal = re.findall(r"\$Target(Dedicated|LowPriority)Nodes = min\(\d+, max\((\d+), ", formula)
         if "fixedScale" in has["scaleSettings"] or len(goal) != 1 or "taskcompletion" not in formula:
             wrong.append(f"{one}: does not shrink to nothing after its tasks: {has['scaleSettings']}")
         elif one.name.endswith("/drivers") and goal[0][0] != "Dedicated":
             wrong.append(f"{one}: drivers on nodes that may be taken away")
+        if one.name.endswith("/workers") and goal and goal[0][1] != "0":
+            wrong.append(f"{one}: {goal[0][1]} GPU nodes stay without work")
         if one.name.endswith("/workers") and has["taskSlotsPerNode"] != 1:
             wrong.append(f"{one}: a worker takes a whole node, found {has['taskSlotsPerNode']} slots")
         machine = has["deploymentConfiguration"]["virtualMachineConfiguration"]

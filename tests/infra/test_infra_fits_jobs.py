@@ -100,7 +100,7 @@ def test_submit_asks_for_no_more_nodes_than_the_pool_may_have() -> None:
     deployed = made(maxWorkers=3)
     tasks = [one for one in bodies(asked(deployed)["sent_by_driver"]) if str(one.get("id", "")).startswith("node-")]
     workers = next(one for one in deployed.of(POOL) if one.name.endswith("/workers"))
-    assert f"min({len(tasks)}, " in workers.body["properties"]["scaleSettings"]["autoScale"]["formula"]
+    assert f"min({len(tasks)}, max(0, " in workers.body["properties"]["scaleSettings"]["autoScale"]["formula"]
 
 
 def test_tasks_find_the_disk_that_the_start_task_makes() -> None:

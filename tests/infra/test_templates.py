@@ -115,14 +115,16 @@ def test_arm64_sizes_go_to_the_scale_set_and_all_others_to_batch() -> None:
 def test_workers_are_as_many_as_tasks_wait_or_run_up_to_the_limit(spot: bool, target: str) -> None:
     workers = next(one for one in made(spotWorkers=spot, maxWorkers=7).of(invariants.POOL) if one.name.endswith("/workers"))
     formula = workers.body["properties"]["scaleSettings"]["autoScale"]["formula"]
-    assert formula.split("; ")[-2:] == [f"{target} = min(7, ($tasks + 0) / 1)", "$NodeDeallocationOption = taskcompletion;"]
+    assert formula.split("; ")[-2:] == [f"{target} = min(7, max(0, ($tasks + 0) / 1))", "$NodeDeallocationOption = taskcompletion;"]
     assert formula.count("$Target") == 1
 
 
 def test_a_larger_driver_node_takes_several_jobs() -> None:
     drivers = next(one for one in made().of(invariants.POOL) if one.name.endswith("/drivers"))
     assert drivers.body["properties"]["taskSlotsPerNode"] == 4
-    assert "$TargetDedicatedNodes = min(4, ($tasks + 3) / 4);" in drivers.body["properties"]["scaleSettings"]["autoScale"]["formula"]
+    assert (
+        "$TargetDedicatedNodes = min(4, max(0, ($tasks + 3) / 4));" in drivers.body["properties"]["scaleSettings"]["autoScale"]["formula"]
+    )
 
 
 @pytest.mark.parametrize("where", ["accountAccess", "nodeManagementAccess"])
@@ -142,6 +144,15 @@ def test_without_the_batch_services_id_nothing_is_deployed() -> None:
         deploy_file(_INFRA / "environments" / "prod.bicepparam", {})
     with pytest.raises(BicepError, match="batchServiceObjectId"):
         made(batchServiceObjectId="not-an-id")
+
+
+def test_a_driver_node_can_be_kept_warm_and_a_gpu_node_cannot() -> None:
+    formulas = {
+        one.name.split("/")[-1]: one.body["properties"]["scaleSettings"]["autoScale"]["formula"]
+        for one in made(warmDriverNodes=1).of(invariants.POOL)
+    }
+    assert "max(1, " in formulas["drivers"]
+    assert "max(0, ($tasks" in formulas["workers"]
 
 
 def test_the_way_out_is_open_only_where_it_is_asked_for() -> None:
@@ -223,7 +234,8 @@ _MUTATIONS = [
     ),
     ("modules/pool.bicep", "  '2204': 'batch.node.ubuntu 22.04'", "  '2204': 'batch.node.ubuntu 20.04'", "with agent"),
     ("modules/pool.bicep", "var target = spot ?", "var target = !spot ?", "drivers on nodes that may be taken away"),
-    ("modules/pool.bicep", "= min(${maxNodes}, (", "= max(1, (", "does not shrink"),
+    ("modules/pool.bicep", "= min(${maxNodes}, ", "= max(1, ", "does not shrink"),
+    ("main.bicep", "    minNodes: 0", "    minNodes: 1", "1 GPU nodes stay without work"),
     ("modules/network.bicep", "sourceAddressPrefix: workerPrefix", "sourceAddressPrefix: 'Internet'", "lets in from everywhere"),
     ("modules/network.bicep", "    access: 'Deny'\n", "    access: 'Allow'\n", "does not deny everything"),
     ("modules/network.bicep", "          defaultOutboundAccess: false\n", "", "default way out"),
