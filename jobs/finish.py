@@ -35,15 +35,16 @@ def read_reports(accepted: Accepted) -> Iterator[tuple[UnitReport, str, int]]:
 def part_reports(out_uri: str, record: JobRecord, plan: Plan, sizes: Mapping[int, int]) -> Iterator[tuple[UnitReport, str, int]]:
     """The same of these parts, given by unit with their sizes."""
     units = {unit.index: unit for unit in plan.units}
+    fingerprint = record.fingerprint  # a digest over the whole record, each time it is asked for
 
     def read(index: int) -> tuple[UnitReport, str, int]:
-        name = units[index].part_name(record.fingerprint)
+        name = units[index].part_name(fingerprint)
         report = read_report(storage.join(out_uri, name))
-        expected = (index, record.fingerprint, units[index].num_rows)
+        expected = (index, fingerprint, units[index].num_rows)
         if (report.unit, report.fingerprint, report.rows) != expected:
             raise ForeignOutput(
                 f"{name} says unit {report.unit} of job {report.fingerprint[:8]} with {report.rows} rows; the plan has unit {index} "
-                f"of {record.fingerprint[:8]} with {units[index].num_rows}; remove it and run the job again"
+                f"of {fingerprint[:8]} with {units[index].num_rows}; remove it and run the job again"
             )
         return report, name, sizes[index]
 

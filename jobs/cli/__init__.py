@@ -2,6 +2,7 @@
 
 from jobs.cli import batch as batch
 from jobs.cli import bench as bench
+from jobs.cli import doctor as doctor
 from jobs.cli import job as job
 from jobs.cli import model as model
 from jobs.cli import node as node

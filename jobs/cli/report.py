@@ -57,7 +57,7 @@ def report(output: str, raw: str | None, html: str | None, markdown: str | None,
     if not as_json or html or markdown:
         from jobs.reporting.write import write_report
 
-        for uri in write_report(output, raw=raw, html=html, markdown=markdown, page=not as_json or html is not None):
+        for uri in write_report(output, account=found, html=html, markdown=markdown, page=not as_json or html is not None):
             click.echo(f"report: {uri}", err=as_json)
 
 

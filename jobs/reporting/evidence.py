@@ -76,14 +76,18 @@ class Evidence:
     """What a node costs, by run."""
 
 
-def gather(out_uri: str, *, raw: str | None = None, now: float | None = None) -> Evidence:
-    """Read it. Raises JobError where there is no job or no account of a run; ForeignOutput where a part is not what its name says."""
+def gather(out_uri: str, *, account: Report | None = None, now: float | None = None) -> Evidence:
+    """Read it; the account, where nobody has read it before.
+
+    Raises JobError where there is no job or no account of a run; ForeignOutput where a part is not what its name says.
+    """
     out_uri = storage.absolute(out_uri)
-    account = report(out_uri, raw=raw)
+    account = account or report(out_uri)
     record, plan = load_job_of(out_uri)
-    sizes = {unit: size for unit, size in committed_units(out_uri, record.fingerprint).items() if unit < len(plan.units)}
-    names = [plan.units[unit].part_name(record.fingerprint) for unit in sorted(sizes)]
-    units = _from_manifest(out_uri, record, sizes)
+    fingerprint = record.fingerprint  # a digest over the whole record, each time it is asked for
+    sizes = {unit: size for unit, size in committed_units(out_uri, fingerprint).items() if unit < len(plan.units)}
+    names = [plan.units[unit].part_name(fingerprint) for unit in sorted(sizes)]
+    units = _from_manifest(out_uri, fingerprint, sizes)
     if units is None:
         units = [unit for unit, _, _ in part_reports(out_uri, record, plan, sizes)]
     return Evidence(
@@ -109,12 +113,12 @@ def _price(profile: str) -> float | None:
     return node.price.usd_per_hour if node is not None and node.price is not None else None
 
 
-def _from_manifest(out_uri: str, record: JobRecord, sizes: Mapping[int, int]) -> list[UnitReport] | None:
+def _from_manifest(out_uri: str, fingerprint: str, sizes: Mapping[int, int]) -> list[UnitReport] | None:
     """Every unit's report in one read, where the manifest is of exactly the parts that are there."""
     try:
         data = storage.read_bytes(storage.join(out_uri, layout.MANIFEST))
         table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
-        if (table.schema.metadata or {}).get(b"tokenmill.fingerprint") != record.fingerprint.encode():
+        if (table.schema.metadata or {}).get(b"tokenmill.fingerprint") != fingerprint.encode():
             return None
         rows = table.to_pylist()
         if {row["unit"]: row["size_bytes"] for row in rows} != sizes:
@@ -122,7 +126,7 @@ def _from_manifest(out_uri: str, record: JobRecord, sizes: Mapping[int, int]) ->
         made = []
         for row in rows:
             values = {key: json.loads(value) if key in _JSON else value for key, value in row.items() if key not in ("part", "size_bytes")}
-            made.append(UnitReport(fingerprint=record.fingerprint, **values))
+            made.append(UnitReport(fingerprint=fingerprint, **values))
         return made
     except FileNotFoundError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jobs.report import Report
 from jobs.reporting.evidence import gather
 from jobs.reporting.html import to_html
 from jobs.reporting.markdown import to_markdown
@@ -12,14 +13,14 @@ from schemas.errors import JobError
 
 
 def write_report(
-    out_uri: str, *, raw: str | None = None, html: str | None = None, markdown: str | None = None, page: bool = True
+    out_uri: str, *, account: Report | None = None, html: str | None = None, markdown: str | None = None, page: bool = True
 ) -> list[str]:
     """Where it lies: the page at `html`, by default in the output, unless no `page` is wanted; and Markdown where that is named.
 
     Raises JobError where there is no job, or a place cannot be written to.
     """
     out_uri = storage.absolute(out_uri)
-    made = document(gather(out_uri, raw=raw))
+    made = document(gather(out_uri, account=account))
     written = []
     if page:
         written.append(_put("--html", storage.absolute(html) if html else storage.join(out_uri, layout.REPORT), to_html(made)))
