@@ -113,7 +113,7 @@ class DaskNodes:
             )
             for name, order in orders.items()
         }  # fmt: skip
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError), self._client.as_current():
             wait(list(futures.values()), timeout=limit_s + _SLACK_S)
         answers = {name: _answer(future, limit_s + _SLACK_S) for name, future in futures.items()}
         for future in futures.values():

@@ -147,6 +147,36 @@ def test_a_unit_runs_on_the_replica_that_is_named_where_there_is_one(two_workers
     assert sorted(answer["report"]["unit"] for answer in gone if isinstance(answer, dict)) == list(range(8))
 
 
+def test_units_go_to_allowed_replicas_alone_whoever_is_named(two_workers: Client) -> None:
+    got: queue.SimpleQueue[Result] = queue.SimpleQueue()
+    flight = DaskUnits(two_workers)
+    (address,) = [address for address, info in two_workers.scheduler_info()["workers"].items() if info["name"] == "b-0"]
+    flight.allow({"b-0": address})
+    for on in (None, "a-0", "b-0"):
+        for index in range(8):
+            flight.submit("out", "f" * 64, WorkUnit(index=index, ranges=()), 1, got.put, on)
+    answers = [got.get(timeout=30) for _ in range(24)]
+    assert {answer["report"]["worker"] for answer in answers if isinstance(answer, dict)} == {"b-0"}
+    assert flight.num_flying == 0
+
+
+def test_units_whose_allowed_replicas_are_all_gone_come_back_as_lost(client: Client) -> None:
+    """Dask would keep them for ever, also when others join."""
+    units, answers = DaskUnits(client), Answers()
+    units.allow({"a-0": "tcp://127.0.0.1:1", "b-0": "tcp://127.0.0.1:2"})
+    answers.submit(units, UNITS[0])
+    units.allow({"b-0": "tcp://127.0.0.1:2"})
+    assert (units.num_flying, answers.by_unit) == (1, {})
+    units.allow({"a-0": "tcp://127.0.0.1:3"})
+    (only,) = answers.by_unit[0]
+    assert isinstance(only, ReplicaLost)
+    units.allow({})
+    answers.submit(units, UNITS[1])
+    (none,) = answers.by_unit[1]
+    assert str(none) == "no replica is there that may run the unit"
+    assert units.num_flying == 0
+
+
 def test_what_a_unit_raises_comes_back_as_it_is(two_workers: Client) -> None:
     (answer,) = answers_of(two_workers, [WorkUnit(index=99, ranges=())], None)
     assert isinstance(answer, UnitError)
