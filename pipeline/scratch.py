@@ -81,9 +81,13 @@ def open_to_all(folder: Path) -> None:
 
 
 def read_disks(listing: dict[str, Any], probe: Callable[[str], str]) -> list[Disk]:
-    """From lsblk's JSON: disks, and what is on them, once each; `probe` gives what blkid exports of one."""
+    """From lsblk's JSON: local disks and arrays, once each; `probe` gives what blkid exports of one. Others are not even looked at."""
     devices = {str(device["name"]): device for top in listing["blockdevices"] for device in _flat(top)}
-    return [_disk(path, device, probe(path)) for path, device in devices.items() if device.get("type") not in ("part", "rom")]
+    return [
+        _disk(path, device, probe(path))
+        for path, device in devices.items()
+        if _LOCAL.fullmatch(str(device.get("model") or "").strip()) or str(device.get("type")).startswith("raid")
+    ]
 
 
 def plan_scratch(disks: Sequence[Disk], folder: str) -> Plan:
