@@ -12,6 +12,7 @@ from jobs import batch_run
 from jobs.batch_run import Latest
 from jobs.cluster import azure_batch
 from jobs.cluster.azure_batch import DRIVER_TASK
+from jobs.cluster.azure_batch import Order
 from jobs.cluster.batch_account import BatchAccount
 from jobs.cluster.batch_account import recorded
 from jobs.cluster.batch_advice import pool_problem
@@ -46,10 +47,11 @@ def submit(job: JobSpec, account: BatchAccount | None = None) -> Submitted:
     storage.use(job.storage)
     out_uri = storage.absolute(job.output.uri)
     account = account or BatchAccount(str(job.cluster.endpoint))
-    notes = check_pools(account, job)
-    batch_run.store_job_file(job, out_uri)
     order = batch_run.order_for(job, batch_run.stamp(time.time()))
     wanted = batch_run.job_id_of(job)
+    _nodes_tasks(order, job, wanted)  # what the driver could not ask for is refused here
+    notes = check_pools(account, job)
+    batch_run.store_job_file(job, out_uri)
     job_id, created = create_numbered(account, wanted, lambda name: account.create_job(azure_batch.driver_job(order, name)))
     if not created:
         raise JobError(
@@ -84,13 +86,11 @@ def requests_of(job: JobSpec, now: float) -> dict[str, Any]:
     check_kind(job)
     storage.use(job.storage)
     order, job_id = batch_run.order_for(job, batch_run.stamp(now)), batch_run.job_id_of(job)
-    rendezvous = batch_run.rendezvous(job.output.uri)
-    keys = handover.place(str(job.cluster.keys), job_id)
     nodes_id = f"{job_id}-nodes"
 
     def by_driver(account: BatchAccount) -> None:
         account.create_job(azure_batch.nodes_job(order, nodes_id))
-        account.add_tasks(nodes_id, azure_batch.node_tasks(order, nodes_id, rendezvous=rendezvous, keys=keys))
+        account.add_tasks(nodes_id, _nodes_tasks(order, job, job_id))
         account.update_job(nodes_id, azure_batch.end_with_tasks())
 
     endpoint = str(job.cluster.endpoint)
@@ -99,6 +99,11 @@ def requests_of(job: JobSpec, now: float) -> dict[str, Any]:
         "sent_by_submit": recorded(endpoint, lambda account: _ignore(account.create_job(azure_batch.driver_job(order, job_id)))),
         "sent_by_driver": recorded(endpoint, by_driver),
     }
+
+
+def _nodes_tasks(order: Order, job: JobSpec, job_id: str) -> list[Any]:
+    rendezvous, keys = batch_run.rendezvous(job.output.uri), handover.place(str(job.cluster.keys), job_id)
+    return azure_batch.node_tasks(order, f"{job_id}-nodes", rendezvous=rendezvous, keys=keys)
 
 
 def _ignore(_: object) -> None:

@@ -119,7 +119,7 @@ def _manager(order: Order, command: list[str], logs: str) -> models.BatchJobMana
         user_identity=_user(),
         environment_settings=[*_environment(order), models.EnvironmentSetting(name=STAMP, value=order.stamp)],
         resource_files=[_job_file(order)],
-        output_files=[_logs(order, logs, "../std*.txt"), _logs(order, f"{logs}/{METRICS}", METRICS)],
+        output_files=[_logs(order, logs, "../std*.txt"), _logs(order, logs, METRICS.replace(".", "*."))],
         constraints=_constraints(order, _DRIVER_RETRIES),
         required_slots=1,
         kill_job_on_completion=True,  # nothing else is in its job; a schedule's next run waits for that
@@ -179,6 +179,7 @@ def _job_file(order: Order) -> models.ResourceFile:
 
 
 def _logs(order: Order, path: str, pattern: str) -> models.OutputFile:
+    """Into a folder. The pattern has a wildcard, so that a file that a task did not come to write is no failure."""
     container = models.OutputFileBlobContainerDestination(
         path=path, container_url=order.logs_container, identity_reference=_identity(order)
     )

@@ -306,7 +306,9 @@ class _NoCredential:
 
 
 _WENT_WELL = {"addtaskcollection": 200, "terminate": 202, "disable": 204, "enable": 204}
-"""How the service says so, by the last word of the address; anything else that is created has 201."""
+"""How the service says so, by the last word of the address."""
+_BY_METHOD = {"POST": 201, "DELETE": 202}
+"""And otherwise by the method."""
 
 
 class _Recorder(HTTPAdapter):
@@ -321,8 +323,8 @@ class _Recorder(HTTPAdapter):
         kind = {"content-type": request.headers["Content-Type"]} if "Content-Type" in request.headers else {}
         self.requests.append({"method": request.method, "url": request.url, **kind, **({"body": body} if body is not None else {})})
         verb = str(urlsplit(str(request.url)).path).rpartition("/")[2]
-        status = _WENT_WELL.get(verb, 200 if request.method in ("PATCH", "GET") else 201)
-        answer = b"" if status == 204 else json.dumps({"value": []} if verb == "addtaskcollection" else {}).encode()
+        status = _WENT_WELL.get(verb, _BY_METHOD.get(str(request.method), 200))
+        answer = b"" if status == 204 else json.dumps({"value": []}).encode()
         return self.build_response(
             request,
             HTTPResponse(
