@@ -97,12 +97,13 @@ class Progress:
     """What the user should hear, in order; whoever shows them takes them out."""
 
 
-def may_submit(units_in_flight: int, rows_left: int, wanted_rows: int, num_replicas: int) -> bool:
+def may_submit(units_in_flight: int, fewest_windows: float, wanted_windows: float, num_replicas: int) -> bool:
     """Whether one more unit keeps the replicas busy, rather than only waiting on one of them.
 
-    Enough rows to fill every replica's window, and two units a replica, so that the next one's reading overlaps.
+    Enough rows to fill every replica's window, and two units a replica, so that the next one's reading overlaps. `fewest_windows` are
+    the rows left of the emptiest replica by its window: that others have more than they need does not help that one.
     """
-    return num_replicas > 0 and (rows_left < wanted_rows or units_in_flight < _MIN_UNITS_PER_REPLICA * num_replicas)
+    return num_replicas > 0 and (fewest_windows < wanted_windows or units_in_flight < _MIN_UNITS_PER_REPLICA * num_replicas)
 
 
 def wanted_rows(replicas: Sequence[ReplicaState], *, wide: bool, rows_left: int, num_expected: int) -> int:
@@ -206,7 +207,7 @@ class Driver:
         self._drain = threading.Event()
         self._stop: BaseException | None = None
         self._load = Load()
-        self._wanted_rows = self._num_nodes = 0
+        self._wanted_windows, self._num_nodes = 1.0, 0
         self._next_look = -math.inf
         self._rows_left = sum(unit.num_rows for unit in accepted.todo)
         self._next_control = 0.0
@@ -300,7 +301,8 @@ class Driver:
         self._load.look(replicas)
         self._num_nodes = len({node_of(replica.name) for replica in replicas})
         expected = self._cluster.num_replicas
-        self._wanted_rows = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
+        wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
+        self._wanted_windows = wanted / max(1, sum(replica.window_rows for replica in replicas))
 
     def _look_at_caps(self, now: float) -> None:
         progress, num_nodes = self.progress, self._num_nodes
@@ -317,7 +319,7 @@ class Driver:
     def _submit(self) -> None:
         num_replicas = len(self.progress.replicas)
         while self._ready and not self._drain.is_set():
-            if not may_submit(len(self._flying), self._load.rows_left, self._wanted_rows, num_replicas):
+            if not may_submit(len(self._flying), self._load.fewest_windows, self._wanted_windows, num_replicas):
                 break
             self._fly(self._ready.pop())
         if self._ready or self._later or self._drain.is_set():

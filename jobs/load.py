@@ -29,8 +29,6 @@ class Load:
         self._order: dict[str, int] = {}
         self._heap: list[tuple[float, int, str]] = []
         """(rows left by window, place, name); entries that do not hold any more are passed over."""
-        self.rows_left = 0
-        """Of all units in flight."""
 
     def look(self, replicas: Sequence[ReplicaState]) -> None:
         """These are there, and this is what they say."""
@@ -46,7 +44,6 @@ class Load:
         self._order = {replica.name: place for place, replica in enumerate(replicas)}
         self._heap = [(self._ratio(name), place, name) for name, place in self._order.items()]
         heapq.heapify(self._heap)
-        self.rows_left = sum(self.left(name) for name in self._sent)
 
     def left(self, name: str | None) -> int:
         """Rows of units in flight that were meant for this replica and that, as far as is known, it has not answered."""
@@ -56,12 +53,15 @@ class Load:
 
     def emptiest(self) -> str | None:
         """The replica with the fewest rows for its window; None where there is none."""
-        while self._heap:
-            ratio, _, name = self._heap[0]
-            if ratio == self._ratio(name):
-                return name
+        while self._heap and self._heap[0][0] != self._ratio(self._heap[0][2]):
             heapq.heappop(self._heap)
-        return None
+        return self._heap[0][2] if self._heap else None
+
+    @property
+    def fewest_windows(self) -> float:
+        """Its rows left, by its window."""
+        name = self.emptiest()
+        return 0.0 if name is None else self._ratio(name)
 
     def send(self, name: str | None, num_rows: int) -> None:
         """A unit goes to this replica, or anywhere."""
@@ -74,14 +74,12 @@ class Load:
             self._change(by, 0, 0, answered_rows)
 
     def _change(self, name: str | None, num_rows: int, num_units: int, answered_rows: int) -> None:
-        before = self.left(name)
         self._sent[name] += num_rows
         self._units[name] += num_units
         if name is not None:
             self._taken[name] = self._taken.get(name, 0) + answered_rows
         if not self._units[name]:
             del self._sent[name], self._units[name]
-        self.rows_left += self.left(name) - before
         if name in self._order:
             heapq.heappush(self._heap, (self._ratio(name), self._order[name], name))
 

@@ -1,7 +1,7 @@
 """What driver and planner cost as jobs grow: seconds per unit, a driver among thousands of replicas, and planning 100,000 objects.
 
 .venv/bin/python -m tests.bench.orchestration
-.venv/bin/python -m tests.bench.orchestration --units 100 1000 10000 --replicas 72 720 7200 --objects 100000
+.venv/bin/python -m tests.bench.orchestration --clusters inline --units 100 1000 10000 --replicas 72 720 7200 --objects 100000
 
 CPU seconds of each part's own process, which hold on a busy machine, and wall seconds, which do not. Asserts nothing.
 """
@@ -9,14 +9,13 @@ CPU seconds of each part's own process, which hold on a busy machine, and wall s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import multiprocessing
 import os
 import resource
-import shutil
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,11 +31,11 @@ from jobs.accept import Accepted
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.driver import Driver
-from jobs.driver import Progress
 from jobs.plan import Plan
 from jobs.plan import make_plan
 from pipeline import storage
 from pipeline.model import Model
+from schemas.job import JobSpec
 from schemas.job import parse_job
 from schemas.ledger import Reading
 from schemas.manifest import UnitReport
@@ -45,6 +44,7 @@ from schemas.unit import WorkUnit
 from tests.conftest import build_tiny_model
 
 _ROWS = 16
+_UNIT_EVERY_S = 0.001
 _HUGE_MAX_TOKENS = 262_144
 """So that the planner's own cut makes units of its fewest rows."""
 
@@ -55,24 +55,35 @@ def in_child(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str
         return pool.apply(work, arguments)
 
 
-def whole_job(num_units: int, folder: str) -> dict[str, float]:
-    """A job of so many units with one inline replica, from accept to _SUCCESS; its units are as small as the planner makes them."""
+def whole_job(num_units: int, folder: str, kind: str) -> dict[str, float]:
+    """A job of so many units with one replica, from accept to _SUCCESS; its units are as small as the planner makes them.
+
+    CPU of this process. A small job goes before it, so that imports are nobody's cost.
+    """
     os.environ["TOKENMILL_CACHE"] = f"{folder}/cache"
     model = build_tiny_model(Path(folder, "model"))
-    rows = num_units * _ROWS
-    Path(folder, "in").mkdir()
+    _run(_small_job(folder, model, "first", 32, kind))
+    return _run(_small_job(folder, model, "then", num_units, kind))
+
+
+def _small_job(folder: str, model: Path, name: str, num_units: int, kind: str) -> JobSpec:
+    rows, base = num_units * _ROWS, f"{folder}/{name}"
+    Path(base, "in").mkdir(parents=True)
     table = pa.table({"prompt": [f"prompt {row}" for row in range(rows)], "own": [json.dumps({"max_tokens": 4})] * rows})
-    pq.write_table(table, Path(folder, "in", "prompts.parquet"), row_group_size=4096)
-    job = parse_job(
+    pq.write_table(table, Path(base, "in", "prompts.parquet"), row_group_size=_ROWS)
+    return parse_job(
         {
             "model": str(model),
-            "input": {"uri": f"{folder}/in", "prompt": "prompt", "sampling": "own", "chat": False},
-            "output": {"uri": f"{folder}/out"},
+            "input": {"uri": f"{base}/in", "prompt": "prompt", "sampling": "own", "chat": False},
+            "output": {"uri": f"{base}/out"},
             "sampling": {"max_tokens": _HUGE_MAX_TOKENS},
             "engine": {"kind": "simulated", "ordering": "off", "options": {"decode_tokens_per_s": 1e9, "prefill_tokens_per_s": 1e9}},
-            "cluster": {"kind": "inline"},
+            "cluster": {"kind": kind},
         }
     )
+
+
+def _run(job: JobSpec) -> dict[str, float]:
     began, began_cpu = time.monotonic(), time.process_time()
     result = api.run(job, stream=io.StringIO())
     cpu_s, wall_s = time.process_time() - began_cpu, time.monotonic() - began
@@ -81,7 +92,7 @@ def whole_job(num_units: int, folder: str) -> dict[str, float]:
 
 
 class _QuickCluster:
-    """Any number of replicas, all of them done at once with whatever they are sent; knows the protocol, runs nothing."""
+    """Any number of replicas whose units end one by one, the oldest first, every millisecond; knows the protocol, runs nothing."""
 
     dashboard = None
     client = None
@@ -94,15 +105,17 @@ class _QuickCluster:
         self._said = asdict(ledger)
         self._states = [ReplicaState(name=f"node-{n // 4}-{n % 4}", window_rows=window_rows, ledger=ledger) for n in range(num_replicas)]
         self._waiting: deque[tuple[str, WorkUnit, Callable[[Result], None], str | None]] = deque()
-        self._most = 2 * num_replicas
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._end_units, daemon=True)
+        self._thread.start()
+
+    def _end_units(self) -> None:
+        while not self._closing.wait(_UNIT_EVERY_S):
+            if self._waiting:
+                self._end_one()
 
     def replicas(self) -> list[ReplicaState]:
-        # The units that have been in flight the longest end now: one for each call, as in a steady state.
-        while len(self._waiting) >= self._most or (self._over and self._waiting):
-            self._end_one()
         return self._states
-
-    _over = False
 
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
@@ -135,7 +148,8 @@ class _QuickCluster:
         return
 
     def close(self, *, at_once: bool = False) -> None:
-        return
+        self._closing.set()
+        self._thread.join()
 
 
 class _Record:
@@ -162,14 +176,12 @@ def driver_alone(num_replicas: int, units_per_replica: int) -> dict[str, float]:
         accepted = Accepted(job=job, record=record, plan=Plan(units=units), model=model, out_uri=folder, cut=None, done={}, begun=False)
         cluster = _QuickCluster(num_replicas, 2048)
         driver = Driver(accepted, cluster)
-
-        def on_tick(progress: Progress) -> None:
-            cluster._over = progress.totals.units + progress.units_in_flight == progress.total_units
-
-        began_cpu, began = time.process_time(), time.monotonic()
-        progress = driver.run(on_tick)
+        began_cpu, began = time.thread_time(), time.monotonic()  # of this thread: the cluster's is no driver's
+        progress = driver.run()
+        cpu_s, wall_s = time.thread_time() - began_cpu, time.monotonic() - began
+        cluster.close()
         assert progress.state == "complete"
-        return {"units": len(units), "cpu_s": time.process_time() - began_cpu, "wall_s": time.monotonic() - began}
+        return {"units": len(units), "cpu_s": cpu_s, "wall_s": wall_s}
 
 
 def planning(num_objects: int) -> dict[str, float]:
@@ -202,35 +214,31 @@ def main() -> None:
     """Print all three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=int, nargs="*", default=[100, 1000, 10_000])
+    parser.add_argument("--clusters", nargs="*", default=["inline", "local"])
     parser.add_argument("--replicas", type=int, nargs="*", default=[72, 720, 7200])
     parser.add_argument("--units-per-replica", type=int, default=10)
     parser.add_argument("--objects", type=int, nargs="*", default=[100_000])
     options = parser.parse_args()
-    for num_units in options.units:
-        folder = tempfile.mkdtemp(prefix="tokenmill-orchestration-")
-        try:
-            found = in_child(whole_job, num_units, folder)
-        finally:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(folder)
-        print(
-            f"whole job, inline: {found['units']:>6,.0f} units: {1e3 * found['cpu_s'] / found['units']:.3f} CPU ms a unit, "
-            f"{1e3 * found['wall_s'] / found['units']:.3f} ms of wall",
-            flush=True,
-        )
+    for kind in options.clusters:
+        what = "driver, scheduler and a worker's work in one process" if kind == "inline" else "driver and scheduler, the worker apart"
+        for num_units in options.units:
+            with tempfile.TemporaryDirectory(prefix="tokenmill-orchestration-") as folder:
+                found = in_child(whole_job, num_units, folder, kind)
+            print(f"{kind:6} {_words(found)} ({what})", flush=True)
     for num_replicas in options.replicas:
         found = in_child(driver_alone, num_replicas, options.units_per_replica)
-        print(
-            f"driver alone: {num_replicas:>6,} replicas, {found['units']:>6,.0f} units: {1e3 * found['cpu_s'] / found['units']:.3f} CPU ms a unit",
-            flush=True,
-        )
+        print(f"driver alone, {num_replicas:,} replicas: {_words(found)}", flush=True)
     for num_objects in options.objects:
         found = in_child(planning, num_objects)
+        print(f"planning {num_objects:,} objects in memory://: {_words(found)}", flush=True)
         print(
-            f"planning {num_objects:,} objects in memory://: {found['units']:,.0f} units, {found['cpu_s']:.1f} CPU s, {found['wall_s']:.1f} s "
-            f"of wall, peak {found['peak_mb']:.0f} MB (of which the objects themselves and imports {found['before_mb']:.0f} MB)",
-            flush=True,
+            f"  in all {found['cpu_s']:.1f} CPU s; peak {found['peak_mb']:.0f} MB, {found['before_mb']:.0f} MB of it before, objects in it"
         )
+
+
+def _words(found: dict[str, float]) -> str:
+    units = found["units"]
+    return f"{units:>6,.0f} units, {1e3 * found['cpu_s'] / units:.3f} CPU ms and {1e3 * found['wall_s'] / units:.3f} ms of wall each"
 
 
 if __name__ == "__main__":

@@ -129,25 +129,24 @@ def replicas(*windows: int) -> list[ReplicaState]:
 
 
 @pytest.mark.parametrize(
-    ("units", "rows", "windows", "expected"),
+    ("units", "fewest_windows", "num_replicas", "expected"),
     [
-        (0, 0, [], False),  # nobody is there
-        (0, 0, [512], True),
-        (1, 511, [512], True),
-        (1, 512, [512], True),  # the window is full, but a second unit lets its reading overlap
-        (2, 512, [512], False),
-        (9, 511, [512], True),  # small units: as many as fill the window
-        (3, 5000, [512, 512], True),
-        (4, 5000, [512, 512], False),
-        (40, 1000, [512, 512], True),
-        (40, 1024, [512, 512], False),
+        (0, 0.0, 0, False),  # nobody is there
+        (0, 0.0, 1, True),
+        (1, 0.9, 1, True),
+        (1, 1.0, 1, True),  # the window is full, but a second unit lets its reading overlap
+        (2, 1.0, 1, False),
+        (9, 0.9, 1, True),  # small units: as many as fill the window
+        (3, 5.0, 2, True),
+        (4, 5.0, 2, False),
+        (40, 0.9, 2, True),  # the other one may have far more
+        (40, 1.0, 2, False),
     ],
 )
 def test_units_are_submitted_until_every_window_is_full_and_two_units_overlap(
-    units: int, rows: int, windows: list[int], expected: bool
+    units: int, fewest_windows: float, num_replicas: int, expected: bool
 ) -> None:
-    wanted = wanted_rows(replicas(*windows), wide=False, rows_left=10_000, num_expected=2)
-    assert may_submit(units, rows, wanted, len(windows)) is expected
+    assert may_submit(units, fewest_windows, 1.0, num_replicas) is expected
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window() -> Non
         sent[name] += 1
         load.send(name, 16)
     assert sent == {"small": 2, "large": 8}
-    assert load.rows_left == 160
+    assert load.fewest_windows == 2.0
 
 
 def test_nobody_is_the_emptiest_of_none() -> None:
     load = Load()
-    assert load.emptiest() is None
+    assert (load.emptiest(), load.fewest_windows) == (None, 0.0)
     load.look([])
-    assert load.emptiest() is None
+    assert (load.emptiest(), load.fewest_windows) == (None, 0.0)
 
 
 def test_a_unit_that_is_nearly_done_holds_hardly_a_row() -> None:
@@ -35,9 +35,9 @@ def test_a_unit_that_is_nearly_done_holds_hardly_a_row() -> None:
     load.look([replica("a", rows=5000), replica("b", rows=70)])  # of an earlier job
     load.send("a", 300)
     load.send("b", 300)
-    assert (load.left("a"), load.left("b"), load.rows_left) == (300, 300, 600)
+    assert (load.left("a"), load.left("b"), load.fewest_windows) == (300, 300, 3.0)
     load.look([replica("a", rows=5290), replica("b", rows=170)])
-    assert (load.left("a"), load.left("b"), load.rows_left) == (10, 200, 210)
+    assert (load.left("a"), load.left("b"), load.fewest_windows) == (10, 200, 0.1)
     assert load.emptiest() == "a"
 
 
@@ -82,7 +82,7 @@ def test_rows_that_another_replica_answered_are_taken_off_its_own_count() -> Non
     load.send("b", 300)
     load.look([replica("a", rows=0), replica("b", rows=320)])
     load.take("a", 300, answered_rows=300, by="b")  # b had it
-    assert (load.left("a"), load.left("b"), load.rows_left) == (0, 280, 280)
+    assert (load.left("a"), load.left("b")) == (0, 280)
 
 
 def test_units_for_replicas_that_are_gone_count_until_they_come_back() -> None:
@@ -91,10 +91,10 @@ def test_units_for_replicas_that_are_gone_count_until_they_come_back() -> None:
     load.send("a", 300)
     load.send(None, 50)
     load.look([replica("b")])
-    assert (load.rows_left, load.emptiest()) == (350, "b")
+    assert (load.left("a"), load.left(None), load.emptiest()) == (300, 50, "b")
     load.take("a", 300)
     load.take(None, 50)
-    assert load.rows_left == 0
+    assert (load.left("a"), load.left(None)) == (0, 0)
 
 
 def test_rows_that_never_pass_through_an_engine_are_forgotten_with_the_last_unit() -> None:
