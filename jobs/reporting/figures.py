@@ -192,19 +192,18 @@ def repeated(units: Sequence[UnitReport], runs: Sequence[RunAccount], *, goes_on
     )
 
 
-def counted(units: Iterable[UnitReport]) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows by finish reason and by kind of error, most first."""
-    reasons: defaultdict[str, int] = defaultdict(int)
-    errors: defaultdict[str, int] = defaultdict(int)
-    for unit in units:
-        for sums, counts in ((reasons, unit.finish_reasons), (errors, unit.errors)):
-            for key, count in counts.items():
-                sums[key] += count
-    return _most_first(reasons), _most_first(errors)
+def counted(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Added up, most first."""
+    sums: defaultdict[str, int] = defaultdict(int)
+    for one in counts:
+        for key, count in one.items():
+            sums[key] += count
+    return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _most_first(counts: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+def first_flagged(units: Iterable[UnitReport], flaw: str, *, most: int = _EXAMPLES_A_KIND) -> list[int]:
+    """Positions of the first rows with a flaw."""
+    return [row for unit in units for row in unit.flagged.get(flaw, [])][:most]
 
 
 def error_examples(units: Iterable[UnitReport], *, each: int = _EXAMPLES_A_KIND) -> dict[str, list[dict[str, Any]]]:

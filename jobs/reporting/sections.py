@@ -286,7 +286,9 @@ def _histogram(what: str, tokens: Counts) -> Plot:
 
 def outcomes(evidence: Evidence) -> Section:
     """Finish reasons and errors."""
-    reasons, errors = figures.counted(evidence.units)
+    reasons = figures.counted(unit.finish_reasons for unit in evidence.units)
+    errors = figures.counted(unit.errors for unit in evidence.units)
+    flaws = figures.counted(unit.flaws for unit in evidence.units)
     rows = max(1, sum(unit.rows for unit in evidence.units))
     examples = figures.error_examples(evidence.units)
     finish = Table(
@@ -305,10 +307,18 @@ def outcomes(evidence: Evidence) -> Section:
         num_words=3,
         rows=tuple((kind, str(example["row"]), str(example["message"])) for kind in errors for example in examples.get(kind, [])),
     )
+    flagged = Table(
+        title="Completions that may be of no use",
+        columns=("flaw", "rows", "share", "the first in the table"),
+        rows=tuple(
+            (flaw, f"{count:,}", percent(count / rows), ", ".join(map(str, figures.first_flagged(evidence.units, flaw))))
+            for flaw, count in flaws.items()
+        ),
+    )
     return Section(
         title="How rows ended",
         words=() if errors else ("No row ended in an error.",),
-        tables=(finish, *([failed, shown] if errors else [])),
+        tables=(finish, *([failed, shown] if errors else []), *([flagged] if flaws else [])),
     )
 
 

@@ -110,9 +110,14 @@ def test_repeated_work_leaves_out_what_a_run_that_goes_on_may_still_keep() -> No
     assert figures.repeated(units, runs, goes_on=True).wasted_tokens == 20
 
 
-def test_reasons_and_errors_come_most_first() -> None:
-    units = [unit(finish_reasons={"stop": 1, "error": 3}, errors={"b": 1, "a": 2}), unit(1, finish_reasons={"stop": 9})]
-    assert figures.counted(units) == ({"stop": 10, "error": 3}, {"a": 2, "b": 1})
+def test_counts_come_most_first() -> None:
+    assert list(figures.counted([{"stop": 1, "error": 3}, {"stop": 9}, {"b": 3}]).items()) == [("stop", 10), ("b", 3), ("error", 3)]
+
+
+def test_flagged_rows_are_named_by_position() -> None:
+    units = [unit(flagged={"repetition": [1, 2]}), unit(1, flagged={"repetition": [7, 9], "invalid_json": [8]})]
+    assert figures.first_flagged(units, "repetition") == [1, 2, 7]
+    assert figures.first_flagged(units, "truncation") == []
 
 
 def test_examples_are_the_first_few_of_each_kind() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from jobs.api import run
 from jobs.cli import main
 from jobs.reporting import plots
 from jobs.reporting.document import Document
@@ -24,8 +27,10 @@ from jobs.reporting.sections import document
 from jobs.reporting.sections import ledger
 from jobs.reporting.sections import so_far
 from jobs.reporting.write import write_report
+from pipeline import storage
 from schemas import layout
 from schemas.errors import JobError
+from schemas.job import JobSpec
 from schemas.ledger import KINDS
 from tests.bench.report import build
 
@@ -248,3 +253,17 @@ def test_a_long_table_is_folded_and_its_statistics_are_not(tmp_path: Path) -> No
     many = ledger(gather(str(build(tmp_path, units=30, rows=16, replicas=30))))
     assert {table.title: table.folded for table in many.tables} == {"Over replicas": False, "Each replica": True}
     assert "Of 30 replicas the 12 least and the 12 most busy are drawn" in many.plots[0].says
+
+
+def test_a_real_run_in_memory_has_its_page_there(
+    make_job: Callable[..., JobSpec], write_table: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_table([{"prompt": f"question {index}"} for index in range(40)] + [{"prompt": None}])
+    out = f"memory://{tmp_path.name}-page"
+    assert run(make_job(output={"uri": out, "prefix": "tm_"}), stream=io.StringIO()).state == "complete"
+    assert write_report(out) == [f"{out}/{layout.REPORT}"]
+    page = Page(storage.read_bytes(f"{out}/{layout.REPORT}").decode())
+    assert "41 of 41 in" in page.text
+    assert "Of all 40 committed rows that have a completion." in page.text
+    assert "Not known: nobody has said what a node of profile simulated costs." in page.text
+    assert "question" not in page.text
