@@ -33,6 +33,7 @@ from jobs.plan import Taken
 from jobs.scheduler import SchedulerSpec
 from jobs.scheduler import SchedulerThread
 from pipeline import storage
+from schemas import layout
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import JobError
@@ -47,6 +48,7 @@ class BatchTask:
     job_id: str
     """As other jobs' ids may contain it: a schedule's jobs are called NAME:job-1 by Batch."""
     stamp: str
+    """Of its submit, see Order.stamp. Without one nobody starts it again, and nobody asks how it ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +90,12 @@ def serve(spec: DriverSpec, say: Callable[[str], None]) -> int:
         taken = scheduled.taken_by_others(job.output.uri, run.run_id)
         job = scheduled.job_of(job, run)
         say(f"run {run.run_id} of schedule {spec.schedule}: {job.output.uri}; {len(taken)} objects are other runs'")
-        if not scheduled.anything_new(job, taken):
+        begun = storage.exists(storage.join(job.output.uri, layout.PLAN))
+        if not begun and not scheduled.anything_new(job, taken):
             say("nothing new: every object is in an earlier run's plan")
             return EXIT_COMPLETE
-    task = spec.task or BatchTask(job_id=batch_run.job_id_of(job), stamp=f"{now:%Y%m%dT%H%M%SZ}")
-    earlier = batch_run.read_outcome(job.output.uri, task.job_id, task.stamp)
+    task = spec.task or BatchTask(job_id=batch_run.job_id_of(job), stamp="")
+    earlier = batch_run.read_outcome(job.output.uri, task.job_id, task.stamp) if task.stamp else None
     if earlier is not None:
         say(f"this driver has ended before, with exit code {earlier.exit_code}: {earlier.message}")
         return earlier.exit_code
@@ -112,7 +115,8 @@ def _run(job: JobSpec, taken: Taken, task: BatchTask, cluster_of: Callable[[Acce
     out_uri = storage.absolute(job.output.uri)
 
     def ended(exit_code: int, message: str) -> None:
-        batch_run.store_outcome(out_uri, task.job_id, task.stamp, Outcome(exit_code=exit_code, message=message))
+        if task.stamp:
+            batch_run.store_outcome(out_uri, task.job_id, task.stamp, Outcome(exit_code=exit_code, message=message))
 
     try:
         result = api.run(job, taken=taken, cluster_of=cluster_of)
@@ -120,7 +124,8 @@ def _run(job: JobSpec, taken: Taken, task: BatchTask, cluster_of: Callable[[Acce
         if error.exit_code != EXIT_UNITS_FAILED and not isinstance(error, BatchSilent):
             ended(error.exit_code, str(error))
         raise
-    Path(METRICS).write_text(json.dumps(result.to_dict(), indent=1))
+    if task.stamp:
+        Path(METRICS).write_text(json.dumps(result.to_dict(), indent=1))
     # A driver that was told to end because its machine goes is to go on elsewhere; one whose job was cancelled is not.
     if result.state != "drained" or drain_asked_since(out_uri, began_at):
         ended(result.exit_code, f"{result.state}: see `tokenmill report {out_uri}`")

@@ -108,6 +108,7 @@ class SchedulerThread:
         self._thread.start()
         failure = self._ready.get()
         if failure is not None:
+            self.close()
             raise failure
 
     def close(self) -> None:

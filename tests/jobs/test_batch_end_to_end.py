@@ -129,6 +129,8 @@ def test_a_submitted_job_runs_on_two_nodes_to_its_end_and_leaves_nothing_behind(
     assert nodes is not None
     assert (len(place.site.service.jobs), nodes.reason) == (2, "tokenmill")
     assert place.azurite.names(place.keys) == []  # taken away
+    with place.azurite.client() as client, client.get_container_client(place.out) as container:
+        assert not any(b"PRIVATE KEY" in container.download_blob(name).readall() for name in place.azurite.names(place.out))
     logs = [name for name in place.azurite.names(place.out) if "/batch/logs/" in name]
     place.wait_for(
         "metrics and logs are uploaded", lambda: any(name.endswith("driver/metrics.json") for name in place.azurite.names(place.out))
