@@ -16,6 +16,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from jobs.preflight_judge import Expected
+from jobs.preflight_judge import busy
 from jobs.preflight_judge import exit_code
 from jobs.preflight_judge import expected_rates
 from jobs.preflight_judge import findings
@@ -231,8 +232,8 @@ def without_slow_nodes(job: JobSpec, say: Say, spec: PreflightSpec | None = None
     for report in found.nodes:
         for failure in report.failures:
             say(f"node {report.name}: {failure.pillar} was not measured: {failure.reason}")
-    for finding in found.findings:
-        say(sentence(finding))
+    for text in (*map(sentence, found.findings), *busy(found.nodes)):
+        say(text)
     slow = found.leave_out
     if len(slow) == len(found.nodes):
         raise JobError(

@@ -120,6 +120,16 @@ def to_leave_out(reports: Sequence[NodeReport], found: Iterable[Finding]) -> lis
     return sorted(slow | failed)
 
 
+def busy(reports: Iterable[NodeReport]) -> list[str]:
+    """Of nodes on which something else computed before anything was measured: what they are slow by may be that."""
+    return [
+        f"node {report.name}: the load was {report.facts.load:.1f} on {report.facts.num_cores} cores before anything was measured; "
+        "see what runs there"
+        for report in reports
+        if report.facts is not None and report.facts.load > report.facts.num_cores
+    ]
+
+
 def exit_code(reports: Sequence[NodeReport], found: Sequence[Finding]) -> int:
     """0 where every pillar of every node was measured and none is slow."""
     whole = all(report.facts is not None and not report.failures for report in reports)

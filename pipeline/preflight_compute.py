@@ -35,7 +35,8 @@ from schemas.preflight import Order
 
 _T = 1e12
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bf16": torch.bfloat16}
-_MAX_BYTES_PER_VALUE = 4
+_BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bf16": 2, "fp8": 3, "int8": 4, "nvfp4": 2}
+"""At most, while the matrices are made: FP8 from bf16, and what INT8 multiplies to has 32 bits."""
 _COPY_S = 0.5
 
 
@@ -97,7 +98,7 @@ class _NoRoom(Exception):
 def _gemm_seconds(gemm: Gemm, precision: str, device: torch.device, budget_s: float | None) -> float:
     if budget_s is None:
         raise _NoRoom("no time was left; give more --seconds")
-    need, free = gemm.values * _MAX_BYTES_PER_VALUE, free_bytes(device)
+    need, free = gemm.values * _BYTES_PER_VALUE.get(precision, 4), free_bytes(device)
     if need > free:
         raise _NoRoom(f"it needs {need / GB:.1f} GB, and {free / GB:.1f} GB are free beside the engine")
     with torch.inference_mode():

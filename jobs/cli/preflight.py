@@ -106,6 +106,7 @@ def _print(found: PreflightResult) -> None:
     from rich.console import Console
 
     from jobs.preflight import sentence
+    from jobs.preflight_judge import busy
     from jobs.preflight_table import figures
     from jobs.preflight_table import machines
 
@@ -116,9 +117,10 @@ def _print(found: PreflightResult) -> None:
     sentences = [f"left out: {text}" for text in dict.fromkeys(text for report in found.nodes for text in report.left_out)]
     for report in found.nodes:
         sentences += [f"node {report.name}: {failure.pillar} was not measured: {failure.reason}" for failure in report.failures]
-    sentences += [sentence(finding) for finding in found.findings]
+    sentences += [sentence(finding) for finding in found.findings] or ["no node is slow"]
+    sentences += busy(found.nodes)
     if found.leave_out and len(found.nodes) > len(found.leave_out):
         names = ", ".join(found.leave_out)
         sentences.append(f"to run without: tokenmill run ... --set 'cluster.leave_out=[{names}]', or tokenmill run ... --preflight")
-    for text in sentences or ["no node is slow"]:
+    for text in sentences:
         console.print(text, markup=False, soft_wrap=True)

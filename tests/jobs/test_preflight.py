@@ -29,6 +29,7 @@ from jobs.preflight_table import machines
 from pipeline.shape import known_shape
 from schemas.errors import JobError
 from schemas.job import ClusterSpec
+from schemas.job import EngineSpec
 from schemas.job import JobSpec
 from schemas.preflight import AzureNode
 from schemas.preflight import NodeFacts
@@ -80,6 +81,7 @@ class Scripted:
         if (name, order.pillar) in self._broken:
             return self._broken[name, order.pillar]
         common = {"pillar": order.pillar, "group": order.pillar, "unit": "GB/s", "value": 10 * self._speeds[name]}
+        common["rate"] = order.pillar if order.pillar == "memory" else None
         return {"measurements": [{**common, "name": f"{order.pillar} of {device}", "device": device} for device in order.devices]}
 
 
@@ -138,6 +140,29 @@ def test_gpus_are_measured_one_by_one_and_held_against_the_profile_that_has_as_m
     assert [(world.first_rank, world.size, world.address, world.port) for world in worlds] == [
         (0, 16, "10.0.0.0", 4711), (8, 16, "10.0.0.0", 4711)
     ]  # fmt: skip
+
+
+def test_a_users_own_profile_with_a_device_beside_it_is_what_nodes_are_held_against(
+    cluster: Callable[..., Scripted], tmp_path: Path
+) -> None:
+    figure = "{value: %s, basis: measured, source: my own bench}"
+    (tmp_path / "my-cpu.yaml").write_text(
+        f"description: a CPU\nmemory_gb: {figure % 64}\ngemm_tflops: {{bf16: {{measured: {figure % 1}}}}}\n"
+        f"bandwidth_tb_per_s: {{measured: {figure % 0.01}}}\n"
+    )
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(
+        "description: mine\ndevice: cpu\nmax_num_seqs: 8\nmax_num_batched_tokens: 512\n"
+        f"node: {{architecture: x86_64, cores: {figure % 8}, memory_gb: {figure % 64}, device: my-cpu, devices: 1, batch: doubtful}}\n"
+    )
+    cluster({"a": 1.0, "b": 0.77})
+    job = PreflightJob(engine=EngineSpec(profile=str(profile)), cluster=CLUSTER)
+    found = preflight(PreflightSpec(job=job, pillars=("memory",)), lambda _: None)
+    assert [report.profile for report in found.nodes] == ["mine", "mine"]
+    assert [sentence(finding) for finding in found.findings] == [
+        "node b: slow in memory, 77% of the profile: memory of cpu 7.7 GB/s is 77% of the 10 GB/s expected: my own bench (measured)"
+    ]
+    assert [measured["of_profile"] for node in found.to_dict()["nodes"] for measured in node["measurements"]] == [1.0, 0.77]
 
 
 def test_ranks_of_one_node_follow_one_another() -> None:
@@ -224,7 +249,7 @@ def test_the_table_says_the_lowest_and_where_it_was(cluster: Callable[..., Scrip
     text = shown(machines(found.nodes), figures(found.nodes, found.expected))
     assert "Standard_ND96isr_H100_v5, Spot, Reboot not before now" in text
     (line,) = [line for line in text.splitlines() if line.startswith("memory of cpu")]
-    assert line.split() == ["memory", "of", "cpu", "3", "b", "cpu", "10", "10", "GB/s"]
+    assert line.split() == ["memory", "of", "cpu", "3", "b", "cpu", "10", "10", "GB/s", "0%"]
 
 
 @pytest.mark.engine

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jobs.preflight_judge import Expected
+from jobs.preflight_judge import busy
 from jobs.preflight_judge import exit_code
 from jobs.preflight_judge import expected_rates
 from jobs.preflight_judge import findings
@@ -111,6 +112,12 @@ def test_a_node_that_did_not_answer_or_lacks_a_pillar_that_units_need_is_left_ou
     assert exit_code(reports, []) == 1
     assert exit_code(reports[2:3], []) == 1
     assert exit_code(reports[3:], []) == 0
+
+
+def test_nodes_where_something_else_computed_are_said() -> None:
+    reports = [node("idle"), node("busy", facts=FACTS.model_copy(update={"load": 3.2})), node("mute", facts=None)]
+    (only,) = busy(reports)
+    assert only.startswith("node busy: the load was 3.2 on 2 cores before anything was measured")
 
 
 def test_a_profile_says_what_to_expect_of_each_pillar() -> None:
