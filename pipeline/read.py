@@ -27,16 +27,15 @@ _READ_BUFFER_BYTES = 1 << 20
 
 def identity_of(uri: str) -> str:
     """What an object is now: its etag, or size, mtime and footer digest where the store has no etags."""
-    found = storage.info(uri)
-    if storage.scheme_of(uri) not in ("file", "local", "memory"):
-        return found.version
-    with storage.open_read(uri) as file:
-        return f"{found.version}-{_footer_digest(file, found.size_bytes)}"
+    return identity_of_listed(storage.info(uri))
 
 
 def identity_of_listed(item: storage.ObjectInfo) -> str:
     """The same of an object that was just listed; where the store has etags nothing is asked again."""
-    return identity_of(item.uri) if storage.scheme_of(item.uri) in ("file", "local", "memory") else item.version
+    if storage.scheme_of(item.uri) not in ("file", "local", "memory"):
+        return item.version
+    with storage.open_read(item.uri) as file:
+        return f"{item.version}-{_footer_digest(file, item.size_bytes)}"
 
 
 def _footer_digest(file: BinaryIO, size_bytes: int) -> str:
