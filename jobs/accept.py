@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -66,10 +67,12 @@ class Accepted:
     """Objects that match the input now and were not there when the plan was made; they are not taken."""
     changed_objects: tuple[str, ...] = ()
     """Planned objects that are not the same any more; their units will fail."""
+    index: str | None = None
+    """Where, in the output, the index of what earlier outputs have answered is; see jobs/reuse.py."""
 
     @property
     def todo(self) -> list[WorkUnit]:
-        return [unit for unit in self.plan.units if unit.index not in self.done]
+        return [replace(unit, reuse=self.index) for unit in self.plan.units if unit.index not in self.done]
 
 
 def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
@@ -170,6 +173,8 @@ def make_record(job: JobSpec, plan: Plan, schema: pa.Schema, model: Model, numer
     spec = job.model_dump(by_alias=True, exclude_unset=True, mode="json")
     spec["input"]["uri"] = [storage.absolute(uri) for uri in job.input.uris]
     spec["output"]["uri"] = storage.absolute(job.output.uri)
+    if job.reuse:
+        spec["reuse"] = [storage.absolute(uri) for uri in job.reuse]
     decides: dict[str, Any] = {
         "plan": plan.digest,
         "input": {"uri": spec["input"]["uri"], "schemas": job.input.schemas, "unreadable": job.input.unreadable},

@@ -39,6 +39,9 @@ from jobs.progress import Display
 from jobs.progress import Speed
 from jobs.progress import SpeedMeter
 from jobs.progress import make_display
+from jobs.reuse import Earlier
+from jobs.reuse import find_earlier
+from jobs.reuse import index_earlier
 from jobs.runs import RunLog
 from jobs.runs import keep_last_word
 from jobs.status import cancel as cancel
@@ -84,6 +87,8 @@ class PlanReport:
     replicas: int | None
     """None where the nodes of a cluster decide."""
     profile: str
+    earlier: tuple[Earlier, ...] = ()
+    """Outputs whose answers may be taken over."""
 
 
 def load_job_data(path: str | Path) -> dict[str, Any]:
@@ -112,10 +117,11 @@ def load_job(path: str | Path) -> JobSpec:
 def plan(job: JobSpec) -> PlanReport:
     """Check a job and say what a run would do; writes nothing, starts nothing. Raises JobError."""
     accepted = accept(job)
+    earlier = find_earlier(accepted)
     if job.cluster.kind in ("address", "azure-batch"):
-        return PlanReport(accepted=accepted, replicas=None, profile="each node's own")
+        return PlanReport(accepted=accepted, replicas=None, profile="each node's own", earlier=earlier)
     cut = accepted.cut or cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas)
-    return PlanReport(accepted=accepted, replicas=cut.replicas, profile=cut.profile)
+    return PlanReport(accepted=accepted, replicas=cut.replicas, profile=cut.profile, earlier=earlier)
 
 
 def run(
@@ -137,10 +143,12 @@ def run(
         with _Interrupts() as interrupts, served(job) as metrics:
             accepted = accept(job, taken=taken)
             caps = caps_of(job.limits, profile_usd_per_hour=_node_price(accepted))
+            earlier = find_earlier(accepted)
             accepted = store(accepted)
             _say_beginning(accepted, display)
             if not accepted.todo:
                 return _result(accepted, finish(accepted), None, None, None, began)
+            accepted = index_earlier(accepted, earlier, display.say)
             with _spoken("what the last run said of itself", display):
                 keep_last_word(accepted.out_uri, accepted.record.fingerprint)
             log = RunLog(accepted, profile=_profile(accepted), began=began)

@@ -73,6 +73,8 @@ class RunResult:
                 "completion_tokens": self.this_run.completion_tokens,
                 "copied_rows": self.this_run.copied_rows,
                 "copied_tokens": self.this_run.copied_tokens,
+                "reused_rows": self.this_run.reused_rows,
+                "reused_tokens": self.this_run.reused_tokens,
                 "wall_s": round(self.wall_s, 2),
                 "generate_s": round(self.generate_s, 2),
                 "output_tokens_per_s": round(self.output_tokens_per_s, 1),
@@ -99,6 +101,8 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
         table.add_row(
             "copied", f"{run.copied_rows:,} rows, {run.copied_tokens:,} output tokens: as identical rows came out (engine.ordering)"
         )
+    if run.reused_rows:
+        table.add_row("reused", f"{run.reused_rows:,} rows, {run.reused_tokens:,} output tokens: as earlier outputs have them (reuse)")
     if run.rows:
         whole = run.prompt_tokens + run.completion_tokens
         per_s = whole / result.generate_s if result.generate_s else 0.0

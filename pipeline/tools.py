@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 
+from pipeline.answered import Indexes
 from pipeline.engine.engine import Engine
 from pipeline.feed import Feed
 from pipeline.render import Renderer
@@ -24,3 +26,5 @@ class Tools:
     renderer: Renderer
     worker: str
     provenance: dict[str, Any]
+    indexes: Indexes = field(default_factory=Indexes)
+    """Of what earlier outputs have answered."""

@@ -32,6 +32,7 @@ from pipeline.segments import History
 from pipeline.segments import added_schema
 from pipeline.segments import load_history
 from pipeline.segments import remove_segments
+from pipeline.take_over import take_over
 from pipeline.tools import Tools
 from pipeline.unit_pass import Chunk
 from pipeline.unit_pass import Pass
@@ -77,6 +78,8 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
         history = load_history(unit, out_uri, fingerprint, tools.job)
     earlier = len(history.index)
     earlier_tokens = int(pc.sum(history.rows.column(_COMPLETION_TOKENS)).as_py() or 0)
+    reused = take_over(unit, out_uri, tools, history, clock)
+    history = reused.history
     while (trial := next_trial(_left(unit, history), history.deaths)) is not None:
         history = _try(trial, unit, out_uri, tools, history, clock)
     schema = output_schema(tools.record.input_schema, tools.job)
@@ -117,11 +120,14 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
         resumed_tokens=earlier_tokens,
         copied_rows=walk.copied_rows,
         copied_tokens=walk.copied_tokens,
+        reused_rows=reused.rows,
+        reused_tokens=reused.tokens,
         flaws=dict(tally.flaws.counts),
         flagged=tally.flaws.flagged,
     )
     others = [engine for engine in history.engines if engine != tools.provenance.get("engine")]
     provenance = {**tools.provenance, **({"resumed_from": others} if others else {})}
+    provenance |= {"reused_from": list(reused.sources)} if reused.sources else {}
     with clock.spend("commit"):
         outcome = commit(target, writer.finish(report, provenance), report)
     if outcome in ("created", "acknowledgement_lost"):

@@ -30,6 +30,7 @@ from schemas.prompts import RowError
 from schemas.unit import WorkUnit
 
 _KILLS_ENGINE = "kills_engine"
+_FINISHED = RowError(kind="finished", message="stands for a row that is known, and need not be rendered")
 _BATCH_ROWS = 128
 """Rows rendered at a time: enough for batch tokenising, little beside what the engine holds."""
 
@@ -110,7 +111,8 @@ class Pass:
             if batch is None:
                 return
             with self._clock.spend("render"):
-                rendered = self.tools.renderer.render(read_prompts(batch, position, self.tools.job))
+                prompts = enumerate(read_prompts(batch, position, self.tools.job), start=position)
+                rendered = self.tools.renderer.render(_FINISHED if row in self._history.index else prompt for row, prompt in prompts)
             chunk = Chunk(position=position, batch=batch, prompt_tokens=[])
             for row, item in enumerate(rendered):
                 self._place(chunk, row, item)

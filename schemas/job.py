@@ -318,6 +318,9 @@ class JobSpec(Frozen):
     cluster: ClusterSpec = ClusterSpec()
     canary: int | None = Field(default=None, ge=1)
     """Rows from all over the table that are run first, and shown, before the rest begins."""
+    reuse: list[Annotated[str, Field(min_length=1)]] = []
+    """Earlier outputs: rows whose request (model, template, token ids, sampling, seed) one of them has answered are taken over from
+    there and not generated. No part of what the output is: a job may be gone on with, with more or fewer of them."""
     limits: LimitsSpec = LimitsSpec()
     storage: StorageSpec | None = None
     """How Azure storage is reached; names secrets, and holds none."""
@@ -329,6 +332,19 @@ class JobSpec(Frozen):
         """Whether rows say themselves how long they may become, and longest first is wanted."""
         return self.engine.ordering == "auto" and self.input.sampling is not None
 
+    @field_validator("reuse")
+    @classmethod
+    def _reuse_without_secrets(cls, reuse: list[str]) -> list[str]:
+        for uri in reuse:
+            _not_signed(uri)
+        return reuse
+
+    @property
+    def _places(self) -> list[tuple[str, str]]:
+        """Field and URI of all that is read and written."""
+        uris = [("input.uri", uri) for uri in self.input.uris] + [("reuse", uri) for uri in self.reuse]
+        return [*uris, ("output.uri", self.output.uri)]
+
     @model_validator(mode="after")
     def _batch_reaches_everything(self) -> Self:
         cluster = self.cluster
@@ -336,7 +352,7 @@ class JobSpec(Frozen):
             if self.schedule is not None:
                 raise ValueError(f"schedule: needs cluster.kind azure-batch, found {cluster.kind}; elsewhere use cron and `tokenmill run`")
             return self
-        for field, uri in [("input.uri", uri) for uri in self.input.uris] + [("output.uri", self.output.uri)]:
+        for field, uri in self._places:
             check_reachable(field, uri)
         if self.model != DEMO_MODEL and not self.model.startswith("/"):  # a path is one in the image
             check_reachable("model", self.model)
@@ -350,7 +366,7 @@ class JobSpec(Frozen):
     def _memory_stays_in_one_process(self) -> Self:
         if self.cluster.kind == "inline":
             return self
-        for field, uri in [("input.uri", uri) for uri in self.input.uris] + [("output.uri", self.output.uri)]:
+        for field, uri in self._places:
             if urlsplit(uri).scheme == "memory":
                 raise ValueError(
                     f"{field} is {uri}: memory:// exists in one process only, and cluster.kind {self.cluster.kind} starts others; "

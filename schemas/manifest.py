@@ -53,6 +53,10 @@ class UnitReport:
     """Rows answered with what was generated for an identical greedy row."""
     copied_tokens: int = 0
     """Their completion tokens."""
+    reused_rows: int = 0
+    """Rows whose request an earlier output had answered."""
+    reused_tokens: int = 0
+    """Their completion tokens."""
     flaws: dict[str, int] = field(default_factory=dict)
     """Rows by what is wrong with their text; see pipeline.flaws."""
     flagged: dict[str, list[int]] = field(default_factory=dict)
@@ -87,6 +91,8 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("resumed_tokens", pa.int64()),
     pa.field("copied_rows", pa.int64()),
     pa.field("copied_tokens", pa.int64()),
+    pa.field("reused_rows", pa.int64()),
+    pa.field("reused_tokens", pa.int64()),
     pa.field("flaws", pa.string()),
     pa.field("flagged", pa.string()),
 ]
@@ -117,6 +123,8 @@ class Totals:
     completion_tokens: int = 0
     copied_rows: int = 0
     copied_tokens: int = 0
+    reused_rows: int = 0
+    reused_tokens: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     finish_reasons: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -134,6 +142,8 @@ class Totals:
         self.completion_tokens += report.completion_tokens
         self.copied_rows += report.copied_rows
         self.copied_tokens += report.copied_tokens
+        self.reused_rows += report.reused_rows
+        self.reused_tokens += report.reused_tokens
         pairs = ((self.errors, report.errors), (self.finish_reasons, report.finish_reasons), (self.flaws, report.flaws))
         for mine, theirs in pairs:
             for key, count in theirs.items():

@@ -34,6 +34,8 @@ class WorkUnit:
 
     index: int
     ranges: tuple[RowRange, ...]
+    reuse: str | None = None
+    """Where, in the output, the index of answers of earlier outputs is; no part of the plan, but of what a run asks for."""
 
     @property
     def num_rows(self) -> int:
@@ -50,11 +52,21 @@ class WorkUnit:
 
     def part_name(self, fingerprint: str) -> str:
         """Sorted names are input order."""
-        return f"part-{self.index:08d}-{fingerprint[:8]}.parquet"
+        return part_name(self.index, fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; without an index the same as ever, since the plan's digest is made of it."""
+        data = asdict(self)
+        if self.reuse is None:
+            del data["reuse"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> WorkUnit:
-        return cls(index=data["index"], ranges=tuple(RowRange(**rows) for rows in data["ranges"]))
+        ranges = tuple(RowRange(**rows) for rows in data["ranges"])
+        return cls(index=data["index"], ranges=ranges, reuse=data.get("reuse"))
+
+
+def part_name(unit: int, fingerprint: str) -> str:
+    """Sorted names are input order."""
+    return f"part-{unit:08d}-{fingerprint[:8]}.parquet"

@@ -155,6 +155,12 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--storage", "recipe", multiple=True, metavar="FIELD=VALUE", help=help_text)(with_storage)
 
 
+def reuse_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """For commands that look at what a job could take over."""
+    help_text = "An earlier output: rows whose request it has answered are taken over, not generated; repeatable."
+    return click.option("--reuse", multiple=True, metavar="OUTPUT", help=help_text)(command)
+
+
 def put_settings(data: dict[str, Any], settings: Iterable[str]) -> None:
     """Fields as in --set."""
     for setting in settings:

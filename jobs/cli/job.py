@@ -15,6 +15,7 @@ from jobs.cli.group import FLAGS
 from jobs.cli.group import build_job
 from jobs.cli.group import job_options
 from jobs.cli.group import main
+from jobs.cli.group import reuse_option
 from jobs.cli.group import storage_option
 from schemas.errors import EXIT_DRAINED
 from schemas.errors import EXIT_UNITS_FAILED
@@ -26,9 +27,17 @@ from schemas.errors import EXIT_UNITS_FAILED
 @click.option("--max-cost", type=float, metavar="USD", help="Drain before the nodes cost more.")
 @click.option("--preflight", is_flag=True, help="With --cluster address: measure the nodes first, and leave slow ones out.")
 @click.option("--canary", type=click.IntRange(min=1), metavar="ROWS", help="Run so many rows from all over first, and show some.")
+@reuse_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 def run(
-    job_file: str | None, as_json: bool, preflight: bool, deadline: str | None, max_cost: float | None, canary: int | None, **flags: Any
+    job_file: str | None,
+    as_json: bool,
+    preflight: bool,
+    deadline: str | None,
+    max_cost: float | None,
+    canary: int | None,
+    reuse: tuple[str, ...],
+    **flags: Any,
 ) -> None:
     """Run a job; run it again to go on after a stop.
 
@@ -44,7 +53,7 @@ def run(
     from jobs.summary import print_summary
 
     resume = shlex.join(["tokenmill", *sys.argv[1:]])
-    limits = {"limits.deadline": deadline, "limits.max_cost_usd": max_cost, "canary": canary}
+    limits = {"limits.deadline": deadline, "limits.max_cost_usd": max_cost, "canary": canary, "reuse": list(reuse) or None}
     job = build_job(job_file, flags, more={field: value for field, value in limits.items() if value is not None})
     if preflight:
         from jobs.preflight import without_slow_nodes
@@ -195,6 +204,7 @@ def demo(ctx: click.Context, folder: str, max_tokens: int) -> None:
         deadline=None,
         max_cost=None,
         canary=None,
+        reuse=(),
         **dict.fromkeys(FLAGS),
         input_uri=(),
         messages=None,

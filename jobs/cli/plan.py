@@ -15,6 +15,7 @@ from rich.table import Table
 from jobs.cli.group import build_job
 from jobs.cli.group import job_options
 from jobs.cli.group import main
+from jobs.cli.group import reuse_option
 
 if TYPE_CHECKING:
     from jobs.api import PlanReport
@@ -35,6 +36,7 @@ _WIDE = 150
 @click.option("--deadline", metavar="DURATION", help="Name the cheapest way that is done by then, as in 8h.")
 @click.option("--max-cost", type=float, metavar="USD", help="Name the quickest way that costs no more.")
 @click.option("--backtest", "as_backtest", is_flag=True, help="Only: the throughput model against published results.")
+@reuse_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def plan(
     job_file: str | None,
@@ -46,6 +48,7 @@ def plan(
     max_cost: float | None,
     as_backtest: bool,
     as_json: bool,
+    reuse: tuple[str, ...],
     **flags: Any,
 ) -> None:
     """Check a job and say what a run would do, how long it would take and what it would cost. Writes nothing to the output.
@@ -73,7 +76,7 @@ def plan(
     counts, deadline_s = node_counts(nodes), parse_duration(deadline, "--deadline") if deadline else None
     if canary and history:
         raise JobError("--canary and --history: give one of them")
-    report = plan_job(build_job(job_file, flags))
+    report = plan_job(build_job(job_file, flags, more={"reuse": list(reuse)} if reuse else None))
     made = forecast(report, canary_rows=canary, history=history, nodes=counts, say=_say) if estimate else None
     values = _values(report)
     if as_json:
@@ -109,6 +112,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
         "left_out": [f"{uri}: {reason}" for uri, reason in accepted.plan.skipped],
         "new_objects": list(accepted.new_objects),
         "changed_objects": list(accepted.changed_objects),
+        "reuse": [f"{one.out_uri}: {one.rows:,} committed rows" for one in report.earlier],
         "output": accepted.out_uri,
         "columns": accepted.record.input_schema.names,
     }

@@ -78,6 +78,8 @@ class Repeated:
     resumed_tokens: int
     copied_rows: int
     copied_tokens: int
+    reused_rows: int
+    reused_tokens: int
     retries: int
     doubled: int
     processes: int
@@ -185,6 +187,8 @@ def repeated(units: Sequence[UnitReport], runs: Sequence[RunAccount], *, goes_on
         resumed_tokens=sum(unit.resumed_tokens for unit in units),
         copied_rows=sum(unit.copied_rows for unit in units),
         copied_tokens=sum(unit.copied_tokens for unit in units),
+        reused_rows=sum(unit.reused_rows for unit in units),
+        reused_tokens=sum(unit.reused_tokens for unit in units),
         retries=sum(run.retries for run in runs),
         doubled=sum(run.doubled for run in runs),
         processes=sum(max(0, replica.processes - 1) for run in runs for replica in run.replicas),

@@ -113,7 +113,7 @@ def test_a_row_that_kills_the_engine_kills_it_again_and_leaves_the_next_row_alon
     record, plan = load_job_of(str(out))
     path = out / find_row(str(out), record, plan, 2).part
     tokenizer = json.loads((Path(record.spec.model) / "tokenizer.json").read_text())
-    metadata = dict(pq.read_metadata(path).metadata)
+    metadata = dict(pq.read_metadata(path).metadata or {})
     provenance = json.loads(metadata[b"tokenmill.provenance"])
     provenance["engine"]["options"]["dies_on_token"] = tokenizer["model"]["vocab"]["Z"]
     pq.write_table(

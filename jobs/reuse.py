@@ -1,0 +1,247 @@
+"""Earlier outputs in, the index of what they have answered out, for workers to take over instead of generating it.
+
+Their parts hold the rows that they were asked for; rendering those again, as their jobs did, gives the requests that they answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.accept import NUMERICS
+from jobs.accept import Accepted
+from jobs.accept import list_parts
+from jobs.accept import load_job_of
+from pipeline import storage
+from pipeline.answered import Source
+from pipeline.answered import merge
+from pipeline.answered import read_index
+from pipeline.answerer import Answerer
+from pipeline.commit import read_report
+from pipeline.engine.engine import Request
+from pipeline.prompts import prompt_columns
+from pipeline.prompts import read_prompts
+from pipeline.read import open_parquet
+from pipeline.render import Renderer
+from pipeline.render import load_tokenizer
+from schemas import layout
+from schemas.completions import ERROR
+from schemas.completions import PROMPT_TOKENS
+from schemas.errors import ForeignOutput
+from schemas.errors import JobError
+from schemas.manifest import META_PROVENANCE
+from schemas.record import JobRecord
+from schemas.unit import WorkUnit
+
+_VERSION = 1
+"""Of how requests are rendered and keys made: an index of another version is made anew."""
+_THREADS = 4
+"""The tokenizer lets other threads at Python while it works."""
+_BATCH_ROWS = 1024
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Earlier:
+    """An earlier output that may hold answers, as far as it is committed now."""
+
+    out_uri: str
+    record: JobRecord
+    units: tuple[WorkUnit, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(unit.num_rows for unit in self.units)
+
+    @property
+    def source(self) -> Source:
+        return Source(uri=self.out_uri, fingerprint=self.record.fingerprint, prefix=self.record.spec.output.prefix)
+
+
+def find_earlier(accepted: Accepted) -> tuple[Earlier, ...]:
+    """The outputs that a job wants to reuse. Raises JobError where one holds no job, or one whose answers are none of this job's."""
+    found = []
+    for uri in accepted.job.reuse if accepted.todo else ():
+        out_uri = storage.absolute(uri)
+        if out_uri.rstrip("/") == accepted.out_uri.rstrip("/"):
+            raise JobError(f"reuse: {uri} is this job's own output, and what is done there stays anyway; name earlier outputs")
+        try:
+            record, plan = load_job_of(out_uri)
+            done, _ = list_parts(out_uri, record.fingerprint)
+        except JobError as error:
+            raise JobError(f"reuse: {error}") from None
+        if differences := why_nothing(accepted.record, record):
+            raise JobError(
+                f"reuse: no answer in {out_uri} is one of this job's. What differs:\n  "
+                + "\n  ".join(differences)
+                + "\nDrop it from reuse."
+            )
+        found.append(Earlier(out_uri=out_uri, record=record, units=tuple(unit for unit in plan.units if unit.index in done)))
+    return tuple(found)
+
+
+def why_nothing(mine: JobRecord, theirs: JobRecord) -> list[str]:
+    """What keeps every answer of an earlier job from being one of this job's, one line each."""
+    pairs = [(what, mine.decides[what], theirs.decides[what]) for what in ("weights", "tokenizer", "chat_template")]
+    pairs.append(("engine.kind", mine.decides["engine"]["kind"], theirs.decides["engine"]["kind"]))
+    ours, others = _engine_options(mine), _engine_options(theirs)
+    for name in sorted(ours.keys() | others.keys()):
+        # What a profile chose is not known of every job.
+        if name not in NUMERICS or (name in ours and name in others):
+            pairs.append((f"engine.options.{name}", ours.get(name), others.get(name)))
+    if mine.decides["prompt"]["sampling"] is None and theirs.decides["prompt"]["sampling"] is None:
+        pairs += _sampling_pairs(mine, theirs)
+    return [f"{what}: this job has {_short(one)}, that output {_short(other)}" for what, one, other in pairs if one != other]
+
+
+def index_earlier(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> Accepted:
+    """The job with an index of what was answered; made here, or found in the output, where a run that was stopped has left it."""
+    useful = [one for one in earlier if one.units and not _lacks_columns(accepted, one, say)]
+    if not useful:
+        return accepted
+    began = time.monotonic()
+    name = f"{layout.REUSE}/{_digest(useful)}.parquet"
+    uri = storage.join(accepted.out_uri, name)
+    index = read_index(uri)
+    how = "indexed by an earlier run"
+    if index is None:
+        say(f"reuse: indexing {sum(one.rows for one in useful):,} committed rows of {len(useful)} earlier outputs")
+        index = merge([one.source for one in useful], _keys(accepted, useful, say))
+        _store(uri, index.to_parquet())
+        how = f"indexed in {time.monotonic() - began:.1f} s"
+    say(f"reuse: {len(index):,} requests are answered there; {how}")
+    return replace(accepted, index=name)
+
+
+def _engine_options(record: JobRecord) -> dict[str, Any]:
+    engine = record.decides["engine"]
+    options = {**engine.get("found", {}), **engine["options"]}
+    options.pop("max_model_len", None)  # a key has what it comes to, row by row
+    return options
+
+
+def _sampling_pairs(mine: JobRecord, theirs: JobRecord) -> list[tuple[str, Any, Any]]:
+    """Of jobs whose rows all have their job's sampling."""
+    one, other = mine.decides["sampling"], theirs.decides["sampling"]
+    pairs = [(f"sampling.{name}", one.get(name), other.get(name)) for name in sorted({*one, *other} - {"seed"})]
+    if one["temperature"] > 0:  # each row draws by its own seed, made of its job's
+        pairs.append(("sampling.seed", _seed(mine), _seed(theirs)))
+    return pairs
+
+
+def _seed(record: JobRecord) -> Any:
+    given = record.decides["sampling"]["seed"]
+    return f"one made of the job {record.fingerprint[:8]}, since none is given" if given is None else given
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text[:8] if len(text) == 64 else text[:80]  # a digest
+
+
+def _lacks_columns(accepted: Accepted, one: Earlier, say: Say) -> bool:
+    lacking = accepted.job.output.token_ids and not one.record.spec.output.token_ids
+    if lacking:
+        say(f"reuse: {one.out_uri} keeps no token ids, which this job writes (output.token_ids): its rows are generated")
+    return lacking
+
+
+def _digest(earlier: Sequence[Earlier]) -> str:
+    said = [_VERSION, [[one.out_uri, one.record.fingerprint, [unit.index for unit in one.units]] for one in earlier]]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _store(uri: str, data: bytes) -> None:
+    """Created once; replaced only where it could not be read, or by a run at the same moment, whose index is the same."""
+    try:
+        storage.create_once(uri, data)
+    except FileExistsError:
+        storage.replace(uri, data)
+
+
+def _keys(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> Iterator[tuple[int, int, bytes, list[int]]]:
+    """Of each part, in order: the number of its source, its unit, keys and their rows."""
+    tokenizer = load_tokenizer(accepted.model.path)
+    lost = 0
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="reuse")
+    try:
+        for number, one in enumerate(earlier):
+            reader = _PartReader(one, tokenizer)
+            for unit, found in zip(one.units, pool.map(reader.read, one.units), strict=True):
+                if found is None:
+                    lost += 1
+                else:
+                    yield number, unit.index, *found
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever interrupts this does not wait for every part
+    if lost:
+        say(f"reuse: {lost} parts of earlier outputs are gone or damaged: their rows are generated (`tokenmill verify` names them)")
+
+
+class _PartReader:
+    """Reads what an earlier job's parts were asked. Safe from several threads."""
+
+    def __init__(self, earlier: Earlier, tokenizer: Any) -> None:
+        self._earlier, self._tokenizer, self._job = earlier, tokenizer, earlier.record.spec
+        self._renderers: dict[int, Renderer] = {}
+        self._lock = threading.Lock()
+
+    def read(self, unit: WorkUnit) -> tuple[bytes, list[int]] | None:
+        """Keys of the rows that are answered, and those rows' numbers; None where the part is gone or damaged."""
+        record, prefix = self._earlier.record, self._job.output.prefix
+        uri = storage.join(self._earlier.out_uri, unit.part_name(record.fingerprint))
+        prompts = list(dict.fromkeys(prompt_columns(self._job.input)))
+        names = [*prompts, prefix + ERROR, prefix + PROMPT_TOKENS]
+        keys, rows, row = [], [], 0
+        try:
+            report = read_report(uri)
+            if (report.unit, report.fingerprint, report.rows) != (unit.index, record.fingerprint, unit.num_rows):
+                return None
+            with open_parquet(uri) as parquet:
+                engine, others = _engines((parquet.metadata.metadata or {})[META_PROVENANCE])
+                renderer, answerer = self._renderer(int(engine["max_model_len"])), Answerer(record.decides, engine)
+                for group in range(parquet.num_row_groups) if _all_alike(engine, others) else ():
+                    table = parquet.read_row_group(group, columns=names, use_threads=False).select(names)
+                    for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
+                        failed, lengths = batch.column(len(prompts)).is_valid().to_pylist(), batch.column(len(prompts) + 1).to_pylist()
+                        rendered = renderer.render(read_prompts(batch, unit.position + row, self._job))
+                        for number, item in enumerate(rendered):
+                            # A length that is not the recorded one was rendered by other rules than today's.
+                            if not failed[number] and isinstance(item, Request) and len(item.token_ids) == lengths[number]:
+                                keys.append(answerer.key(item))
+                                rows.append(row + number)
+                        row += batch.num_rows
+        except (FileNotFoundError, ForeignOutput, pa.ArrowException, KeyError, ValueError):
+            return None
+        return b"".join(keys), rows
+
+    def _renderer(self, max_model_len: int) -> Renderer:
+        with self._lock:
+            if max_model_len not in self._renderers:
+                seed_base = self._earlier.record.fingerprint
+                self._renderers[max_model_len] = Renderer(self._tokenizer, self._job, max_model_len=max_model_len, seed_base=seed_base)
+            return self._renderers[max_model_len]
+
+
+def _engines(provenance: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What generated a part, and what had begun it."""
+    said = json.loads(provenance)
+    return said["engine"], said.get("resumed_from", [])
+
+
+def _all_alike(engine: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key of one is a key of the others."""
+    return all(other.get(what) == engine[what] for other in others for what in ("kind", "dtype", "max_model_len"))
