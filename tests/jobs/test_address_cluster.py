@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -217,6 +218,22 @@ def test_a_scheduler_that_ends_and_comes_back_at_the_same_address_is_joined_agai
     assert run.end() == 0, run.log
     assert replica_pids(node) == {pid}
     site.prove()
+
+
+@pytest.mark.chaos
+def test_a_node_that_is_left_out_gets_no_unit_also_when_another_one_dies_with_units_in_flight(site: Site) -> None:
+    site.scheduler()
+    nodes = [site.worker(name) for name in ("one", "two", "left-out")]
+    for node in nodes:
+        node.wait_for("joined tls://")
+    run = site.start("run", "job.yaml", "--set", "cluster.leave_out=[left-out]")
+    run.wait_for("its first part", site.has_parts(1))
+    nodes[0].kill()
+    assert run.end() == 0, run.log
+    site.prove()
+    assert "node left-out is left out, as cluster.leave_out says" in run.log
+    done_by = set(pq.read_table(site.out / "_tokenmill" / "manifest.parquet")["worker"].to_pylist())
+    assert {"two-0"} <= done_by <= {"one-0", "two-0"}
 
 
 _FOREIGN = """

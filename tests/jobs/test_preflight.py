@@ -252,6 +252,25 @@ def test_the_table_says_the_lowest_and_where_it_was(cluster: Callable[..., Scrip
     assert line.split() == ["memory", "of", "cpu", "3", "b", "cpu", "10", "10", "GB/s", "0%"]
 
 
+def test_run_goes_on_without_the_slow_nodes(
+    cluster: Callable[..., Scripted], make_job: Callable[..., JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster({"a": 1.0, "b": 0.3, "c": 1.1})
+    job = make_job(cluster={"kind": "address", "address": "tcp://10.0.0.4:8786", "insecure": True})
+    (tmp_path / "job.yaml").write_text(job.model_dump_json(exclude_defaults=True))
+    ran: list[JobSpec] = []
+
+    def stop_here(job: JobSpec) -> None:
+        ran.append(job)
+        raise JobError("far enough")
+
+    monkeypatch.setattr("jobs.api.run", stop_here)
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "job.yaml"), "--preflight"])
+    assert "far enough" in result.output
+    assert "node b: slow in compute, 30% of the nodes' median" in result.output
+    assert [job.cluster.leave_out for job in ran] == [["b"]]
+
+
 @pytest.mark.engine
 def test_this_machine_is_measured_for_real(tiny_model: Path, tmp_path: Path) -> None:
     arguments = ["preflight", "--model", str(tiny_model), "--output", str(tmp_path / "out"), "--disk", str(tmp_path), "--seconds", "16"]
