@@ -32,7 +32,7 @@ WriteJob = Callable[..., Path]
 
 _FLAGS = (
     "name model prompt messages system chat output_uri prefix max_tokens temperature engine profile cluster replicas "
-    "scheduler rendezvous keys insecure"
+    "scheduler rendezvous keys insecure metrics_port"
 )
 _NO_FLAGS: dict[str, Any] = {**dict.fromkeys(_FLAGS.split()), "input_uri": (), "settings": ()}
 
@@ -130,6 +130,7 @@ def test_the_short_form_means_the_same_as_a_job_file(write_job: WriteJob, tiny_m
             "profile": "local-cpu",
             "cluster": "local",
             "replicas": 2,
+            "metrics_port": 9464,
             "settings": ("engine.options.max_num_seqs=4", "sampling.top_p=0.9", "limits.attempts=2"),
         },
     )
@@ -139,7 +140,7 @@ def test_the_short_form_means_the_same_as_a_job_file(write_job: WriteJob, tiny_m
             output={"prefix": "tm_"},
             sampling={"max_tokens": 12, "temperature": 0.5, "top_p": 0.9},
             engine={"profile": "local-cpu", "options": {"max_num_seqs": 4}},
-            cluster={"kind": "local", "replicas": 2},
+            cluster={"kind": "local", "replicas": 2, "metrics_port": 9464},
             limits={"attempts": 2},
         )
     )
