@@ -179,7 +179,7 @@ def schema() -> None:
     """
     from schemas.job import json_schema
 
-    click.echo(json_schema())
+    click.echo(json_schema(), nl=False)
 
 
 @main.command()
