@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 
-from jobs import api
+import jobs
 from jobs.cli import main
 from schemas.job import parse_job
 
@@ -151,10 +151,10 @@ def test_python_in_readme_uses_names_that_exist() -> None:
         node.attr
         for source in sources
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "api"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jobs"
     }
     assert used
-    assert [name for name in sorted(used) if not callable(getattr(api, name, None))] == []
+    assert [name for name in sorted(used) if not callable(getattr(jobs, name, None))] == []
 
 
 def test_every_exit_code_is_in_readme() -> None:

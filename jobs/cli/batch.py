@@ -108,6 +108,10 @@ def schedule() -> None:
 
     Batch's own limits: an interval of at least a minute, in UTC, no calendar (no weekdays, no summer time); one run at a time:
     where one takes longer than the interval the next waits for schedule.window, or is left out.
+
+    \b
+    Example:
+      tokenmill schedule create nightly.yaml
     """
 
 

@@ -156,6 +156,7 @@ def test_logs_are_not_mixed_with_what_is_there(arguments: list[str], tmp_path: P
     assert "not an empty folder" in refused("offline", *arguments, "--engine", "simulated", "--logs", str(tmp_path / "logs"))
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("mode", ["engine", "pipeline", "offline"])
 def test_a_replica_that_dies_is_an_error_with_its_cause(arguments: list[str], mode: str) -> None:
     deadly = ["--engine", "simulated", "--set", f"engine.options.dies_on_token={_token_of('q')}"]
@@ -165,6 +166,7 @@ def test_a_replica_that_dies_is_an_error_with_its_cause(arguments: list[str], mo
     assert isinstance(done.exception, SystemExit)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("mode", ["engine", "pipeline", "offline"])
 def test_ctrl_c_leaves_no_process(arguments: list[str], mode: str) -> None:
     slow = ["--engine", "simulated", "--set", "engine.options.decode_tokens_per_s=4"]
