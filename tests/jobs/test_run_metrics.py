@@ -30,11 +30,44 @@ MakeJob = Callable[..., JobSpec]
 WriteTable = Callable[..., Path]
 
 
-def free_port() -> int:
+def free_port(more: int = 0) -> int:
+    """One that nobody has, with so many after it."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port <= 64_000 and all(is_free(port + number) for number in range(1, more + 1)):
+            return port
+
+
+def is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+class Asking(threading.Thread):
+    """Asks a port until it says a word, and keeps that answer."""
+
+    def __init__(self, port: int, word: str) -> None:
+        super().__init__()
+        self.port, self.word, self.heard = port, word, ""
+        self.start()
+
+    def run(self) -> None:
+        for _ in range(1500):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+                    text = answer.read().decode()
+            except OSError:
+                text = ""
+            if self.word in text:
+                self.heard = text
+                return
+            time.sleep(0.02)
 
 
 def values_of(metrics: RunMetrics) -> dict[str, float]:
@@ -90,30 +123,28 @@ def test_before_the_first_word_there_is_nothing_and_a_cost_only_where_it_is_know
 
 def test_a_run_that_is_asked_while_it_goes_on_answers_and_gives_its_port_back(make_job: MakeJob, write_table: WriteTable) -> None:
     write_table([{"prompt": f"question {index}"} for index in range(40)])
-    port, heard = free_port(), []
+    port = free_port()
     job = make_job(name="tickets", cluster={"metrics_port": port}, engine={"options": {"decode_tokens_per_s": 300.0, "lengths": "max"}})
-
-    def ask() -> None:
-        for _ in range(400):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-                    text = answer.read().decode()
-            except OSError:
-                text = ""
-            if "tokenmill_run_rows_planned" in text:
-                heard.append(text)
-                return
-            time.sleep(0.02)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
+    asking = Asking(port, "tokenmill_run_rows_planned")
     assert run(job, stream=io.StringIO()).state == "complete"
     asking.join()
-    assert 'tokenmill_run_rows_planned{job_name="tickets"} 40.0' in heard[0]
-    assert "question" not in heard[0]
+    assert 'tokenmill_run_rows_planned{job_name="tickets"} 40.0' in asking.heard
+    assert "question" not in asking.heard
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", port))
+
+
+def test_each_replica_of_a_local_cluster_answers_on_a_port_of_its_own(make_job: MakeJob, write_table: WriteTable) -> None:
+    write_table([{"prompt": f"question {index}"} for index in range(40)])
+    port = free_port(more=1)
+    slow = {"decode_tokens_per_s": 300.0, "lengths": "max"}
+    job = make_job(cluster={"kind": "local", "replicas": 1, "metrics_port": port}, engine={"options": slow})
+    asking = Asking(port + 1, "tokenmill_replica_rows_total")
+    assert run(job, stream=io.StringIO()).state == "complete"
+    asking.join()
+    assert 'tokenmill_replica_window_rows{replica="local-0"}' in asking.heard
+    assert "question" not in asking.heard
 
 
 def test_a_taken_port_is_refused_before_anything_is_written(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
