@@ -12,6 +12,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from datetime import UTC
 from datetime import datetime
+from pathlib import Path
 
 from jobs.cluster.azure_batch import JOB_FILE
 from jobs.cluster.azure_batch import Order
@@ -22,6 +23,8 @@ from schemas.job import JobSpec
 
 _NAME_CHARACTERS = 40
 _LATEST = "latest.json"
+STREAMS = ("stdout.txt", "stderr.txt")
+"""Where Batch puts what a task prints."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +84,20 @@ def order_for(job: JobSpec, stamp: str) -> Order:
     )
 
 
-def logs_folder(out_uri: str, job_id: str, task_id: str) -> str:
-    return storage.join(folder(out_uri), "logs", job_id, task_id)
+def plain(batch_id: str) -> str:
+    """A Batch job's id without the colon that those of schedules have."""
+    return batch_id.replace(":", "-")
+
+
+def logs_folder(out_uri: str, batch_id: str, task_id: str) -> str:
+    return storage.join(folder(out_uri), "logs", plain(batch_id), task_id)
+
+
+def keep_prints(task_folder: str, out_uri: str, batch_id: str, task_id: str) -> None:
+    """Put what a task printed so far beside its run's output; that it cannot be stored stops nothing."""
+    for name in STREAMS:
+        with contextlib.suppress(OSError):
+            storage.replace(storage.join(logs_folder(out_uri, batch_id, task_id), name), Path(task_folder, name).read_bytes())
 
 
 def store_job_file(job: JobSpec, out_uri: str) -> None:

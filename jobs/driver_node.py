@@ -22,6 +22,7 @@ from jobs import scheduled
 from jobs.accept import Accepted
 from jobs.batch_run import Latest
 from jobs.batch_run import Outcome
+from jobs.cluster.azure_batch import DRIVER_TASK
 from jobs.cluster.azure_batch import METRICS
 from jobs.cluster.azure_batch import STAMP
 from jobs.cluster.batch_account import BatchAccount
@@ -45,10 +46,17 @@ from schemas.job import JobSpec
 class BatchTask:
     """The task of Batch that this process is; started again it is the same one."""
 
-    job_id: str
-    """As other jobs' ids may contain it: a schedule's jobs are called NAME:job-1 by Batch."""
+    batch_id: str
+    """Of its job; a schedule's jobs are called NAME:job-1."""
     stamp: str
     """Of its submit, see Order.stamp. Without one nobody starts it again, and nobody asks how it ended."""
+    folder: str | None = None
+    """Where Batch puts what it prints."""
+
+    @property
+    def job_id(self) -> str:
+        """As names and other jobs' ids may contain it."""
+        return batch_run.plain(self.batch_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +73,10 @@ class DriverSpec:
 
 def batch_task(environment: Mapping[str, str]) -> BatchTask | None:
     """What Batch, and `tokenmill submit`, put into the environment of a task."""
-    job_id = environment.get("AZ_BATCH_JOB_ID")
-    return BatchTask(job_id=job_id.replace(":", "-"), stamp=environment.get(STAMP, "")) if job_id else None
+    batch_id = environment.get("AZ_BATCH_JOB_ID")
+    if not batch_id:
+        return None
+    return BatchTask(batch_id=batch_id, stamp=environment.get(STAMP, ""), folder=environment.get("AZ_BATCH_TASK_DIR"))
 
 
 def serve(spec: DriverSpec, say: Callable[[str], None]) -> int:
@@ -94,13 +104,17 @@ def serve(spec: DriverSpec, say: Callable[[str], None]) -> int:
         if not begun and not scheduled.anything_new(job, taken):
             say("nothing new: every object is in an earlier run's plan")
             return EXIT_COMPLETE
-    task = spec.task or BatchTask(job_id=batch_run.job_id_of(job), stamp="")
+    task = spec.task or BatchTask(batch_id=batch_run.job_id_of(job), stamp="")
     earlier = batch_run.read_outcome(job.output.uri, task.job_id, task.stamp) if task.stamp else None
     if earlier is not None:
         say(f"this driver has ended before, with exit code {earlier.exit_code}: {earlier.message}")
         return earlier.exit_code
     if kind == "azure-batch":
-        return _run(job, taken, task, lambda accepted: _cluster(accepted, task, spec.listen))
+        try:
+            return _run(job, taken, task, lambda accepted: _cluster(accepted, task, spec.listen))
+        finally:
+            if task.folder is not None:  # Batch uploads them too, but to one place for all runs of a schedule
+                batch_run.keep_prints(task.folder, job.output.uri, task.batch_id, DRIVER_TASK)
     cluster = job.cluster
     listen = SchedulerSpec(listen=spec.listen, keys=cluster.keys, insecure=cluster.insecure, rendezvous=cluster.rendezvous, dashboard=None)
     scheduler = SchedulerThread(listen, say, _end_replaced)
@@ -146,7 +160,7 @@ def _cluster(accepted: Accepted, task: BatchTask, listen: str) -> Cluster:
         kind=job.engine.kind,
         listen=listen,
     )
-    batch_run.store_latest(out_uri, Latest(endpoint=endpoint, driver_job=task.job_id, stamp=task.stamp, nodes_job=cluster.nodes_job))
+    batch_run.store_latest(out_uri, Latest(endpoint=endpoint, driver_job=task.batch_id, stamp=task.stamp, nodes_job=cluster.nodes_job))
     return cluster
 
 

@@ -27,7 +27,6 @@ from schemas.errors import JobError
 from schemas.job import JobSpec
 
 _FOLLOW_S = 5.0
-_STREAMS = ("stdout.txt", "stderr.txt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +156,7 @@ def logs(out_uri: str, task_id: str, job_id: str | None = None) -> list[tuple[st
     if stored:
         return stored
     account = BatchAccount(latest.endpoint)
-    live = [(name, text) for name in _STREAMS if (text := account.read_file(job_id, task_id, name)) is not None]
+    live = [(name, text) for name in batch_run.STREAMS if (text := account.read_file(job_id, task_id, name)) is not None]
     if not live:
         known = ", ".join(task.id for task in account.tasks(job_id)[:20]) or "none"
         raise JobError(f"{task_id} in job {job_id} has printed nothing yet, or is none of its tasks ({known})")
@@ -167,4 +166,4 @@ def logs(out_uri: str, task_id: str, job_id: str | None = None) -> list[tuple[st
 def _stored(out_uri: str, job_id: str, task_id: str) -> list[tuple[str, str]]:
     place = batch_run.logs_folder(out_uri, job_id, task_id)
     names = storage.list_names(place)
-    return [(name, storage.read_bytes(storage.join(place, name)).decode(errors="replace")) for name in _STREAMS if name in names]
+    return [(name, storage.read_bytes(storage.join(place, name)).decode(errors="replace")) for name in batch_run.STREAMS if name in names]

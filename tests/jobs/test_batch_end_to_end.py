@@ -227,6 +227,9 @@ def test_each_run_of_a_schedule_takes_only_what_no_run_before_it_took(place: Pla
         shown.log
     )
     proven(f"az://{place.out}/run/{lines[2].split(': ')[0]}", 50)
+    said = place.run("logs", f"az://{place.out}/run/{first.folder}")
+    assert said.end() == 0, said.log
+    assert "complete: 40 of 40 rows" in said.log
     for verb, state in (("pause", "disabled"), ("resume", "active")):
         done = place.run("schedule", verb, "../job.yaml")
         assert done.end() == 0, done.log

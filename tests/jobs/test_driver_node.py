@@ -29,7 +29,9 @@ from tests.pipeline.test_eviction import service as service
 def test_a_task_of_batch_is_known_by_its_environment() -> None:
     assert batch_task({}) is None
     found = batch_task({"AZ_BATCH_JOB_ID": "night-1:job-7", "TOKENMILL_SUBMITTED": "20261126T160000Z"})
-    assert found == BatchTask(job_id="night-1-job-7", stamp="20261126T160000Z")
+    assert found == BatchTask(batch_id="night-1:job-7", stamp="20261126T160000Z")
+    assert found is not None
+    assert found.job_id == "night-1-job-7"
 
 
 @pytest.fixture
