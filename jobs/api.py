@@ -23,6 +23,7 @@ from jobs.accept import accept
 from jobs.accept import store
 from jobs.caps import caps_of
 from jobs.cluster.cluster import Cluster
+from jobs.driver import LIGHTEST
 from jobs.driver import Driver
 from jobs.driver import Progress
 from jobs.driver import units_at_once
@@ -193,7 +194,8 @@ def make_cluster(accepted: Accepted) -> Cluster:
         return InlineCluster(model=accepted.model, kind=job.engine.kind, options=cut.options)
     from jobs.cluster.local import LocalCluster
 
-    at_once = units_at_once(accepted.plan, window_rows(cut.options["max_num_seqs"], wide=job.lengths_vary))
+    window = window_rows(cut.options["max_num_seqs"], wide=job.lengths_vary)
+    at_once = units_at_once(accepted.plan, window * (LIGHTEST if accepted.index else 1))
     return LocalCluster(
         plan=cut,
         model=accepted.model,

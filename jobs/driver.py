@@ -52,6 +52,8 @@ _CONTROL_EVERY_S = 2.0
 _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2
 _MAX_UNITS_PER_REPLICA = 24
+LIGHTEST = 8
+"""Where rows are taken over from earlier outputs, up to so many times the usual units are sent, since engines see few of their rows."""
 _MAX_NOTES = 50
 _MAX_LOSSES = 30
 """Of one unit: replicas that went away under it. Isolating a deadly row takes some ten; more than this is no accident."""
@@ -127,6 +129,12 @@ def units_at_once(plan: Plan, window_rows: int) -> int:
     return min(math.ceil(window_rows / rows_per_unit) + 2, _MAX_UNITS_PER_REPLICA)
 
 
+def engine_rows(num_rows: int, so_far: Totals) -> int:
+    """Rows of a unit that an engine will see, going by how many the units so far took over from earlier outputs."""
+    share = so_far.reused_rows / so_far.rows if so_far.rows else 0.0
+    return math.ceil(num_rows * max(1 - share, 1 / LIGHTEST))
+
+
 def next_step(error: BaseException, tries: Tries, max_attempts: int) -> Literal["retry", "give_up", "stop"]:
     """What a unit's failure leads to, counted in `tries` already."""
     if isinstance(error, ForeignOutput):
@@ -174,6 +182,8 @@ class Flying:
     since: float
     on: str | None
     """The replica that it was meant for."""
+    rows: int = 0
+    """Of it, that an engine will see as far as is known."""
     copies: int = 1
     """Still at work."""
     doubled: bool = False
@@ -336,8 +346,9 @@ class Driver:
 
     def _fly(self, unit: WorkUnit) -> None:
         on = self._load.emptiest()  # a cluster's own guess goes by seconds, which it does not know before the end
-        self._flying[unit.index] = Flying(unit=unit, since=self._clock(), on=on)
-        self._load.send(on, unit.num_rows)
+        rows = engine_rows(unit.num_rows, self.progress.totals)
+        self._flying[unit.index] = Flying(unit=unit, since=self._clock(), on=on, rows=rows)
+        self._load.send(on, rows)
         self.progress.units_in_flight = len(self._flying)
         self._send(unit, on)
 
@@ -374,12 +385,12 @@ class Driver:
         del self._flying[index]
         self.progress.units_in_flight = len(self._flying)
         if isinstance(result, BaseException):
-            self._load.take(flight.on, flight.unit.num_rows)
+            self._load.take(flight.on, flight.rows)
             self._take_failure(flight.unit, result)
         else:
             report, outcome = UnitReport(**result["report"]), result["outcome"]
-            answered = 0 if outcome == "already" else report.rows - report.resumed_rows - report.error_rows
-            self._load.take(flight.on, flight.unit.num_rows, answered_rows=max(0, answered), by=report.worker)
+            answered = 0 if outcome == "already" else report.rows - report.resumed_rows - report.reused_rows - report.error_rows
+            self._load.take(flight.on, flight.rows, answered_rows=max(0, answered), by=report.worker)
             self._took_s.append(self._clock() - flight.since)
             self._rows_left -= flight.unit.num_rows
             self._take_report(report, outcome)

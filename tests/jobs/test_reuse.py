@@ -70,9 +70,10 @@ def place(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> Place:
 
 @pytest.mark.parametrize("kind", ["inline", "local"])
 def test_an_edit_of_five_rows_in_a_hundred_pays_for_just_these(place: Place, kind: str) -> None:
-    old = place.run("old", rows())
-    result = place.run("new", rows(_EDITED), reuse=[str(place.out("old"))], cluster={"kind": kind})
-    plain = place.run("plain", rows(_EDITED))
+    ids = {"token_ids": True}
+    old = place.run("old", rows(), output=ids)
+    result = place.run("new", rows(_EDITED), output=ids, reuse=[str(place.out("old"))], cluster={"kind": kind})
+    plain = place.run("plain", rows(_EDITED), output=ids)
     assert place.generated(old) == place.generated(plain) == _ROWS
     assert place.generated(result) == len(_EDITED)
     assert result.this_run.reused_rows == _ROWS - len(_EDITED)
@@ -278,6 +279,16 @@ def test_a_finished_job_needs_its_earlier_outputs_no_more(place: Place, tmp_path
     shutil.rmtree(place.out("old"))
     assert run(job, stream=io.StringIO()).exit_code == 0
     assert verify(str(place.out("new"))).complete
+
+
+def test_more_units_are_sent_where_engines_see_few_of_their_rows() -> None:
+    from jobs.driver import engine_rows
+    from schemas.manifest import Totals
+
+    assert engine_rows(100, Totals()) == 100
+    assert engine_rows(100, Totals(rows=50, reused_rows=10)) == 80
+    assert engine_rows(100, Totals(rows=50, reused_rows=50)) == 13  # not nothing: it may be over with what is known
+    assert engine_rows(0, Totals()) == 0
 
 
 def test_plan_and_run_take_the_flag(place: Place, tiny_model: Path) -> None:
