@@ -17,6 +17,10 @@ asked for. learn.microsoft.com, "Scalability and performance targets for standar
 ACCOUNT_INGRESS_BYTES_PER_S = 25e9 / 8
 ACCOUNT_EGRESS_BYTES_PER_S = 50e9 / 8
 
+MOST_HEARD = 400
+"""Replicas whose hearing costs as much as that of any more. From 200 on both Dask's heartbeats (distributed.scheduler.heartbeat_interval)
+and the driver's polls are spread to 200 replicas a second; below that heartbeats come half as often, hence twice as many here."""
+
 
 def fit_cost(samples: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     """Least squares of cpu = constant + a * units + b * seconds over (seconds, units, cpu); returns a and b, neither below 0.
@@ -57,7 +61,11 @@ def bottlenecks(
     for name, cost in (("driver", driver), ("scheduler", scheduler)):
         a_unit, a_replica = cost.s_per_unit / tokens_per_unit, cost.s_per_replica_s / ENGINE_TOKENS_PER_S
         found += _at(f"{name}, units alone", a_unit, "one core, busy with units")
-        found += _at(f"{name}, units and replicas", a_unit + a_replica, "one core, busy with units and with hearing of every replica")
+        with_all = a_unit + a_replica
+        hearing = MOST_HEARD * cost.s_per_replica_s
+        if hearing < 1 and a_unit > 0 and (1 - hearing) / a_unit > MOST_HEARD * ENGINE_TOKENS_PER_S:
+            with_all = a_unit / (1 - hearing)  # there are more replicas than are heard of at the pace of a few
+        found += _at(f"{name}, units and replicas", with_all, "one core, busy with units and with hearing of replicas")
     node_share_of_record = engines_per_node * ENGINE_TOKENS_PER_S / RECORD_TOKENS_PER_S
     row = worker.s_per_row / tokens_per_row
     found += _at("a worker's process", row * ENGINE_TOKENS_PER_S / RECORD_TOKENS_PER_S, "one core for each engine, its Python's lock")

@@ -47,7 +47,7 @@ State = Literal["starting", "running", "draining", "complete", "failed", "limit"
 
 _TICK_S = 0.5
 _LOOK_EVERY_S = 0.25
-"""At all replicas, whose words are a second old anyway."""
+"""At all replicas, whose words are a second old, or older where they are many."""
 _CONTROL_EVERY_S = 2.0
 _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2
@@ -301,8 +301,10 @@ class Driver:
             self._fly(unit)
 
     def _look_at_replicas(self, now: float) -> None:
-        progress = self.progress
-        progress.replicas = replicas = self._cluster.replicas()
+        progress, replicas = self.progress, self._cluster.replicas()
+        if replicas is progress.replicas:
+            return  # not a word that was not there before
+        progress.replicas = replicas
         self._accounts.look({replica.name for replica in replicas}, now)
         for replica in replicas:
             progress.engine = progress.engine or replica.engine
@@ -374,7 +376,9 @@ class Driver:
     def _take(self, index: int, result: Result) -> None:
         said = result.said if isinstance(result, TokenmillError) else None if isinstance(result, BaseException) else result.get("said")
         if said is not None:
-            self._accounts.hear(said["name"], Reading(**said["ledger"]), self._clock())
+            reading = Reading(**said["ledger"])
+            self._accounts.hear(said["name"], reading, self._clock())
+            self._load.hear(said["name"], reading.rows)
         flight = self._flying.get(index)
         if flight is None:
             return  # the second of two copies; the first one's word was enough

@@ -45,6 +45,12 @@ class Load:
         self._heap = [(self._ratio(name), place, name) for name, place in self._order.items()]
         heapq.heapify(self._heap)
 
+    def hear(self, name: str, rows: int) -> None:
+        """So many rows has a replica's engine answered since it came up: a word that came with a result, before the next look."""
+        if name in self._windows and rows > self._heard.get(name, 0):
+            self._heard[name] = rows
+            self._push(name)
+
     def left(self, name: str | None) -> int:
         """Rows of units in flight that were meant for this replica and that, as far as is known, it has not answered."""
         if name is None:
@@ -80,8 +86,11 @@ class Load:
             self._taken[name] = self._taken.get(name, 0) + answered_rows
         if not self._units[name]:
             del self._sent[name], self._units[name]
-        if name in self._order:
-            heapq.heappush(self._heap, (self._ratio(name), self._order[name], name))
+        if name is not None and name in self._order:
+            self._push(name)
+
+    def _push(self, name: str) -> None:
+        heapq.heappush(self._heap, (self._ratio(name), self._order[name], name))
 
     def _ratio(self, name: str) -> float:
         return self.left(name) / self._windows[name]

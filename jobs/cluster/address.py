@@ -50,6 +50,8 @@ _ANSWER_S = 10.0
 _POLL_ANSWER_S = 2.0
 _CLOSE_S = 2.0
 _POLL_S = 1.0
+_POLLED_PER_S = 200
+"""Replicas that are heard of in a second at most, by this side and by the scheduler: Dask spreads their heartbeats just so."""
 _RETURN_S = 20.0
 """For replicas of a lost scheduler to join its successor, before units go to others: those in flight there would be run twice."""
 _MAX_WAIT_S = 15.0
@@ -250,7 +252,7 @@ class AddressCluster:
         while not self._closing.is_set() and client.status == "running" and identity["id"] == me:
             self._take(identity["workers"], scheduler, units)
             self._client, self._units = client, units
-            self._closing.wait(_POLL_S)
+            self._closing.wait(max(_POLL_S, len(self._replicas) / _POLLED_PER_S))
             with contextlib.suppress(OSError, TimeoutError):  # a slow answer is no loss; a loss shows in the client's status
                 identity = _identity(client, timeout_s=_POLL_ANSWER_S)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from jobs.bottlenecks import MOST_HEARD
 from jobs.bottlenecks import bottlenecks
 from jobs.bottlenecks import fit_cost
 from jobs.rack import ENGINE_TOKENS_PER_S
@@ -39,10 +40,17 @@ def test_a_driver_of_ten_milliseconds_a_unit_carries_a_hundred_units_a_second() 
 
 
 def test_hearing_of_replicas_takes_of_the_same_core() -> None:
-    found = at(scheduler=ProcessCost(s_per_unit=0.01, s_per_replica_s=0.001, total_s=1.0, peak_mb=0.0))
+    found = at(scheduler=ProcessCost(s_per_unit=0.01, s_per_replica_s=0.004, total_s=1.0, peak_mb=0.0))
     rate = found["scheduler, units and replicas"]
-    assert rate / 900_000 * 0.01 + rate / ENGINE_TOKENS_PER_S * 0.001 == pytest.approx(1.0)
+    assert rate / 900_000 * 0.01 + rate / ENGINE_TOKENS_PER_S * 0.004 == pytest.approx(1.0)
     assert rate < found["scheduler, units alone"]
+
+
+def test_beyond_some_hundred_replicas_no_more_of_them_are_heard_of_in_a_second() -> None:
+    cost = ProcessCost(s_per_unit=0.01, s_per_replica_s=0.001, total_s=1.0, peak_mb=0.0)
+    many = at(driver=cost)["driver, units and replicas"]
+    assert many / ENGINE_TOKENS_PER_S > MOST_HEARD
+    assert many == pytest.approx(100 * 900_000 * (1 - MOST_HEARD * 0.001))
 
 
 def test_a_worker_has_one_core_for_its_engine_and_a_node_all_of_its_own_for_four() -> None:

@@ -105,3 +105,14 @@ def test_rows_that_never_pass_through_an_engine_are_forgotten_with_the_last_unit
     load.look([replica("a", rows=10)])
     load.send("a", 100)
     assert load.left("a") == 100
+
+
+def test_a_word_that_comes_with_a_result_is_as_good_as_a_look() -> None:
+    load = Load()
+    load.look([replica("a"), replica("b")])
+    load.send("a", 300)
+    load.send("b", 300)
+    load.hear("b", 120)
+    load.hear("b", 110)  # an older one that was overtaken
+    load.hear("stranger", 7)
+    assert (load.left("a"), load.left("b"), load.emptiest()) == (300, 180, "b")
