@@ -138,6 +138,8 @@ def run(
     one stops at once (StoppedAtOnce). Raises JobError before anything starts, EngineStartError where no engine comes up,
     ForeignOutput where the output is not this job's.
     """
+    if job.cluster.kind == "azure-batch" and cluster_of is None:
+        raise JobError("cluster.kind: azure-batch is run by `tokenmill submit`, or by `tokenmill driver` on a machine that its nodes reach")
     began = time.monotonic()
     display = make_display(stream or sys.stderr)
     try:
@@ -180,8 +182,6 @@ def run(
 def make_cluster(accepted: Accepted) -> Cluster:
     """The cluster that the job asks for; replicas come up in the background. Raises JobError."""
     job = accepted.job
-    if job.cluster.kind == "azure-batch":
-        raise JobError("cluster.kind: azure-batch is run by `tokenmill submit`, or by `tokenmill driver` on a machine that its nodes reach")
     if job.cluster.kind == "address":
         from jobs.cluster.address import AddressCluster
 

@@ -18,6 +18,8 @@ from jobs.cluster import azure_batch
 from jobs.cluster.address import AddressCluster
 from jobs.cluster.azure_batch import Order
 from jobs.cluster.batch_account import BatchAccount
+from jobs.cluster.batch_account import BatchJobState
+from jobs.cluster.batch_advice import PoolState
 from jobs.cluster.batch_advice import TaskState
 from jobs.cluster.batch_advice import ended_words
 from jobs.cluster.batch_advice import resize_problems
@@ -79,6 +81,25 @@ def news(before: Mapping[str, TaskState], after: Sequence[TaskState]) -> list[st
         elif old is not None and task.retries > old.retries:
             notes.append(f"{task.id} ended with exit code {task.exit_code} and was started again ({task.retries} times by now)")
     return notes
+
+
+def why_they_wait(tasks: Sequence[TaskState], pool: PoolState | None, pool_id: str) -> list[str]:
+    """Why node tasks that are in the queue do not run, as far as the pool says."""
+    waiting = sum(task.state == "active" for task in tasks)
+    problems = [f"pool {pool_id} is gone; deploy infra/ again"] if pool is None else resize_problems(pool)
+    return [f"{waiting} node tasks wait: {problem}" for problem in problems] if waiting else []
+
+
+def hopeless(nodes_job: str, job: BatchJobState | None, tasks: Sequence[TaskState]) -> str | None:
+    """Why no node will come any more, where that is so."""
+    over = job is None or job.state in ("terminating", "completed", "deleting")
+    if not over and (not tasks or any(task.state != "completed" for task in tasks)):
+        return None
+    why = ended_words(tasks) if tasks else "it has no tasks"
+    return (
+        f"job {nodes_job} is over ({job.reason or job.state if job else 'deleted'}) and units are left: {why}. "
+        "`tokenmill logs OUTPUT --task node-0000` shows what a node said; then submit the job again, which goes on from here"
+    )
 
 
 class BatchCluster:
@@ -163,20 +184,12 @@ class BatchCluster:
         for note in news(self._tasks, tasks):
             self._note(note)
         self._tasks = {task.id: task for task in tasks}
-        waiting = [task for task in tasks if task.state == "active"]
-        if waiting:
-            pool = self._account.pool(self._pool_id)
-            problems = [f"pool {self._pool_id} is gone"] if pool is None else resize_problems(pool)
-            for problem in problems:
-                self._note_once(f"{len(waiting)} node tasks wait: {problem}")
-        job = self._account.job(self.nodes_job)
-        over = job is None or job.state in ("terminating", "completed", "deleting")
-        if over or (tasks and all(task.state == "completed" for task in tasks)):
-            why = ended_words(tasks) if tasks else "it has no tasks"
-            self._refusal = JobError(
-                f"job {self.nodes_job} is over ({job.reason if job else 'deleted'}) and units are left: {why}. "
-                "`tokenmill logs OUTPUT --task node-0000` shows what a node said; then submit the job again, which goes on from here"
-            )
+        if any(task.state == "active" for task in tasks):
+            for problem in why_they_wait(tasks, self._account.pool(self._pool_id), self._pool_id):
+                self._note_once(problem)
+        reason = hopeless(self.nodes_job, self._account.job(self.nodes_job), tasks)
+        if reason is not None:
+            self._refusal = JobError(reason)
 
     def _note_once(self, text: str) -> None:
         if text not in self._told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from jobs.batch_run import order_for
+from jobs.cli import main
 from jobs.cluster import azure_batch
 from jobs.cluster.azure_batch import Order
 from jobs.cluster.batch_account import BatchAccount
+from jobs.cluster.batch_account import BatchJobState
 from jobs.cluster.batch_account import BatchSilent
 from jobs.cluster.batch_advice import PoolState
 from jobs.cluster.batch_advice import TaskState
@@ -23,7 +27,9 @@ from jobs.cluster.batch_advice import pool_problem
 from jobs.cluster.batch_advice import resize_problems
 from jobs.cluster.batch_nodes import ask_for_nodes
 from jobs.cluster.batch_nodes import create_numbered
+from jobs.cluster.batch_nodes import hopeless
 from jobs.cluster.batch_nodes import news
+from jobs.cluster.batch_nodes import why_they_wait
 from jobs.submission import check_pools
 from pipeline import storage
 from schemas.batch import ScheduleSpec
@@ -253,6 +259,43 @@ def test_what_becomes_of_node_tasks_is_told_once() -> None:
     assert news(before, [ended]) == ["node-0000 has ended: exit code 2"]
     assert news({"node-0000": ended}, [ended]) == []
     assert ended_words([ended] * 7) == "; ".join(["node-0000: exit code 2"] * 5) + " and 2 more"
+
+
+def test_nodes_that_do_not_come_are_explained_while_their_tasks_wait() -> None:
+    task = TaskState(id="node-0000", state="active", exit_code=None, failure=None, retries=0, requeues=0, node=None)
+    pool = replace(_POOL, errors=(("AllocationFailed", "no spot capacity"),))
+    (note,) = why_they_wait([task, task], pool, "nd")
+    assert note.startswith("2 node tasks wait: pool nd (nd96) has 1 of 4 nodes: AllocationFailed: no spot capacity. What to do: ")
+    assert why_they_wait([replace(task, state="running")], pool, "nd") == []
+    assert why_they_wait([task], None, "nd") == ["1 node tasks wait: pool nd is gone; deploy infra/ again"]
+
+
+def test_a_driver_gives_up_only_when_no_node_is_left() -> None:
+    task = TaskState(id="node-0000", state="completed", exit_code=2, failure=None, retries=5, requeues=0, node="n")
+    active = BatchJobState(id="j", state="active", reason=None)
+    assert hopeless("j", active, [task, replace(task, state="active")]) is None
+    assert hopeless("j", active, []) is None  # its tasks are being added
+    assert "is over (active) and units are left: node-0000: exit code 2. " in str(hopeless("j", active, [task]))
+    assert "(AllTasksCompleted)" in str(hopeless("j", BatchJobState(id="j", state="completed", reason="AllTasksCompleted"), [task]))
+    assert "(deleted)" in str(hopeless("j", None, []))
+
+
+def test_the_command_says_what_is_wrong_and_ends_with_2(service: Service, site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(batch_job(cluster={"endpoint": site.endpoint})))
+    refused = CliRunner().invoke(main, ["submit", str(path)])
+    assert (refused.exit_code, refused.output) == (
+        2,
+        "tokenmill: cluster.driver_pool: pool driver does not exist in this account; deploy infra/, or correct the name\n",
+    )
+    service.refuse["GET", "/pools/driver"] = Refused(403, "PermissionDenied", "no")
+    refused = CliRunner().invoke(main, ["submit", str(path)])
+    assert refused.exit_code == 2
+    assert "Azure Batch Job Submitter" in refused.output
+    elsewhere = CliRunner().invoke(main, ["run", str(path)])
+    assert elsewhere.exit_code == 2
+    assert "is run by `tokenmill submit`" in elsewhere.output
+    assert [path for method, path in service.requests if method != "GET"] == []
 
 
 def test_a_schedule_is_made_once_paused_resumed_and_deleted(account: BatchAccount, service: Service) -> None:

@@ -98,6 +98,18 @@ def test_a_scheduler_in_a_thread_says_when_a_newer_one_took_its_place(tmp_path: 
 
 
 @pytest.mark.chaos
+def test_a_driver_whose_place_was_taken_ends_at_once_and_leaves_the_job_to_the_newer_one(
+    site: dict[str, Any], start: Callable[..., Command], tmp_path: Path
+) -> None:
+    driver = start("driver", "job.yaml", "--listen", "tls://127.0.0.1:0")
+    driver.wait_for("waiting for workers")
+    rendezvous.publish(str(tmp_path / "place"), "tls://10.0.0.9:8786", now=0.0)
+    assert driver.end() == 1
+    assert "a newer scheduler has the rendezvous; ending" in driver.log
+    assert not (tmp_path / "out" / "_tokenmill" / "batch").exists()  # it did not say how the job ended
+
+
+@pytest.mark.chaos
 def test_a_scheduler_that_cannot_publish_itself_is_told_to_whoever_wants_one(tmp_path: Path) -> None:
     keys = str(tls.make_keys(tmp_path / "keys", valid_days=1).folder)
     (tmp_path / "place").write_text("a file")
