@@ -11,8 +11,10 @@ from dataclasses import field
 from jobs.accept import Accepted
 from jobs.bottlenecks import bottlenecks
 from jobs.bottlenecks import fit_cost
+from jobs.plan import unit_tokens
 from jobs.rack import ENGINE_TOKENS_PER_S
 from jobs.rack import NODE_ENGINES
+from jobs.rack import RECORD_TOKENS_PER_S
 from jobs.rack import node_speeds
 from jobs.rehearsal_node import Reading
 from schemas.ledger import ReplicaAccount
@@ -95,11 +97,13 @@ def describe(
         bytes_in_per_row=bytes_in / rows,
         bytes_out_per_row=bytes_out / rows,
     )
+    hour_rows = rows_per_unit_of_an_hour(totals.prompt_tokens / rows + spec.max_tokens, tokens_per_row)
     between = steady(spec, seen.full, seen.all_sent)
     return Rehearsal(
         spec=spec,
         units=units,
         rows_per_unit=rows / units,
+        rows_per_unit_of_an_hour=hour_rows,
         tokens_per_unit=tokens_per_unit,
         prompt_tokens_per_row=totals.prompt_tokens / rows,
         tokens_per_row=tokens_per_row,
@@ -124,12 +128,23 @@ def describe(
             worker=worker,
             storage=storage,
             tokens_per_row=tokens_per_row,
-            tokens_per_unit=tokens_per_unit,
+            tokens_per_unit=hour_rows * tokens_per_row,
             node_cores=node_cores,
             engines_per_node=spec.engines_per_node,
         ),
         notes=_notes(spec, between, counted=counted),
     )
+
+
+def rows_per_unit_of_an_hour(planned_tokens_per_row: float, tokens_per_row: float) -> float:
+    """In the mean, as the planner cuts the table that the record's rack would need an hour for. `planned` is what a row may come to."""
+    rows = 3600 * RECORD_TOKENS_PER_S / tokens_per_row
+    total = left = rows * planned_tokens_per_row
+    units = 0
+    while left > 0:
+        left -= unit_tokens(left, total)
+        units += 1
+    return rows / units
 
 
 def steady(spec: RehearsalSpec, full: tuple[float, Accounts] | None, all_sent: tuple[float, Accounts] | None) -> Steady | None:

@@ -138,6 +138,8 @@ class Rehearsal:
     spec: RehearsalSpec
     units: int
     rows_per_unit: float
+    rows_per_unit_of_an_hour: float
+    """As the planner cuts the table that the record's rack needs an hour for: the units for which bottlenecks are told."""
     tokens_per_unit: float
     """Output."""
     prompt_tokens_per_row: float

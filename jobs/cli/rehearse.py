@@ -92,6 +92,9 @@ def _print(found: Rehearsal) -> None:
     )
     _print_engines(console, found)
     _print_costs(console, found)
+    console.print(
+        f"a table for an hour of the rack has units of {found.rows_per_unit_of_an_hour:,.0f} rows in the mean, by which the following goes"
+    )
     table = _table("Where it would end, nearest first", "", "tokens/s", "times the record", "by")
     for one in found.bottlenecks:
         table.add_row(one.name, f"{one.tokens_per_s:,.0f}", f"{one.times_record:,.1f}", one.limit)

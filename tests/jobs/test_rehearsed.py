@@ -7,6 +7,7 @@ import pytest
 from jobs.rehearsal_node import Reading
 from jobs.rehearsed import balance
 from jobs.rehearsed import by_node
+from jobs.rehearsed import rows_per_unit_of_an_hour
 from jobs.rehearsed import steady
 from jobs.rehearsed import tail
 from jobs.rehearsed import worker_cost
@@ -72,6 +73,11 @@ def test_each_node_is_held_against_its_own_speed() -> None:
     assert (slow.name, fast.name) == ("node-00", "node-01")
     assert (slow.tokens_per_s, fast.tokens_per_s) == pytest.approx((SPEEDS[0] / 4, SPEEDS[1] / 4), rel=1e-2)
     assert (slow.speed_tokens_per_s, fast.speed_tokens_per_s) == pytest.approx((SPEEDS[0] / 4, SPEEDS[1] / 4))
+
+
+def test_a_table_of_an_hour_has_the_planners_largest_units_but_for_its_end() -> None:
+    largest = 4_000_000 / 1320
+    assert 0.85 * largest < rows_per_unit_of_an_hour(1320.0, 294.45) < largest
 
 
 def test_replicas_belong_to_the_node_in_their_names() -> None:
