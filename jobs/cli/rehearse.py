@@ -13,6 +13,7 @@ from jobs.cli.group import storage_option
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from schemas.rehearsal import Rehearsal
 
@@ -159,7 +160,7 @@ def _print_costs(console: Console, found: Rehearsal) -> None:
     )
 
 
-def _table(title: str, *columns: str):  # type: ignore[no-untyped-def]
+def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
