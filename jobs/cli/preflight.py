@@ -81,8 +81,10 @@ def preflight(
         if value is not None:
             put(own, FLAGS[flag], value)
             put(data, FLAGS[flag], value)
-    if leave_out:
-        put(data, "cluster.leave_out", [*(data.get("cluster") or {}).get("leave_out", []), *leave_out])
+    cluster = data.get("cluster")
+    before = cluster.get("leave_out", []) if isinstance(cluster, dict) else []
+    if leave_out and isinstance(before, list):  # anything else is refused below, where the rest is checked
+        put(data, "cluster.leave_out", [*before, *leave_out])
     put_settings(own, settings)
     put_settings(data, settings)
     if not 0 < of_profile <= 1 or not 0 < of_median <= 1:

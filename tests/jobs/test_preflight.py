@@ -236,6 +236,14 @@ def test_what_cannot_be_is_refused_with_exit_code_2(arguments: list[str], words:
     assert words in result.output
 
 
+@pytest.mark.parametrize("cluster", ["cloud", {"leave_out": "b"}, ["address"]])
+def test_a_job_file_with_a_wrong_cluster_is_refused_with_exit_code_2(cluster: Any, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(json.dumps({"cluster": cluster}))
+    result = CliRunner().invoke(main, ["preflight", str(tmp_path / "job.yaml"), "--leave-out", "a"])
+    assert result.exit_code == 2, result.output
+    assert "cluster" in result.output
+
+
 def shown(*tables: Any) -> str:
     console = Console(width=140, record=True, file=io.StringIO())
     for table in tables:
