@@ -21,7 +21,7 @@ from schemas import layout
 from schemas.errors import JobError
 from schemas.job import JobSpec
 
-_NAME_CHARACTERS = 40
+_NAME_CHARACTERS = 32
 _LATEST = "latest.json"
 STREAMS = ("stdout.txt", "stderr.txt")
 """Where Batch puts what a task prints."""
@@ -47,7 +47,7 @@ class Outcome:
 
 
 def job_id_of(job: JobSpec) -> str:
-    """The same for the same name and output, so that a second submit meets the first. At most 49 of the 64 characters that Batch takes."""
+    """The same for the same name and output, so that a second submit meets the first. At most 41 of Batch's 64 characters."""
     name = job.name.replace(".", "-")[:_NAME_CHARACTERS]
     return f"{name}-{hashlib.sha256(storage.absolute(job.output.uri).encode()).hexdigest()[:8]}"
 

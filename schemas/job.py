@@ -255,7 +255,7 @@ class ClusterSpec(Frozen):
         }
         for name, kinds in takers.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
-                raise ValueError(f"{name}: only kind: {' and kind: '.join(kinds)} takes it, found kind: {self.kind}")
+                raise ValueError(f"{name}: only kind: {' or kind: '.join(kinds)} takes it, found kind: {self.kind}")
         if self.kind in ("address", "azure-batch") and self.replicas is not None:
             raise ValueError(
                 f"kind {self.kind} takes as many replicas as the nodes run; leave replicas out, see `tokenmill worker --replicas`"

@@ -89,8 +89,9 @@ def test_a_cluster_that_is_whole_is_accepted(fields: dict[str, Any]) -> None:
         ({"kind": "address", "address": "tcp://h:1", "keys": "k"}, "not encrypted"),
         ({"kind": "address", "address": "h:1", "keys": "k"}, "expected tls://HOST:PORT"),
         ({"kind": "address", "address": "tls://h:1", "keys": "k", "replicas": 2}, "leave replicas out"),
-        ({"kind": "local", "address": "tls://h:1", "keys": "k"}, "address, keys: only kind: address takes them, found kind: local"),
-        ({"kind": "inline", "insecure": True}, "insecure: only kind: address takes them, found kind: inline"),
+        ({"kind": "local", "address": "tls://h:1", "keys": "k"}, "address: only kind: address takes it, found kind: local"),
+        ({"kind": "local", "keys": "k"}, "keys: only kind: address or kind: azure-batch takes it, found kind: local"),
+        ({"kind": "inline", "insecure": True}, "insecure: only kind: address takes it, found kind: inline"),
     ],
 )
 def test_a_cluster_that_is_not_is_refused_with_the_reason(fields: dict[str, Any], message: str) -> None:
