@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import Any
-
-import pyarrow as pa
 
 from jobs.accept import NUMERICS
 from jobs.accept import Accepted
@@ -28,20 +24,8 @@ from pipeline import storage
 from pipeline.answered import Source
 from pipeline.answered import merge
 from pipeline.answered import read_index
-from pipeline.answerer import Answerer
-from pipeline.commit import read_report
-from pipeline.engine.engine import Request
-from pipeline.prompts import prompt_columns
-from pipeline.prompts import read_prompts
-from pipeline.read import open_parquet
-from pipeline.render import Renderer
-from pipeline.render import load_tokenizer
 from schemas import layout
-from schemas.completions import ERROR
-from schemas.completions import PROMPT_TOKENS
-from schemas.errors import ForeignOutput
 from schemas.errors import JobError
-from schemas.manifest import META_PROVENANCE
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 
@@ -49,7 +33,6 @@ _VERSION = 1
 """Of how requests are rendered and keys made: an index of another version is made anew."""
 _THREADS = 4
 """The tokenizer lets other threads at Python while it works."""
-_BATCH_ROWS = 1024
 
 Say = Callable[[str], None]
 
@@ -174,12 +157,13 @@ def _store(uri: str, data: bytes) -> None:
 
 def _keys(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> Iterator[tuple[int, int, bytes, list[int]]]:
     """Of each part, in order: the number of its source, its unit, keys and their rows."""
-    tokenizer = load_tokenizer(accepted.model.path)
+    from jobs.asked import PartReader  # which loads a tokenizer's packages: asking for work must not
+
     lost = 0
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="reuse")
     try:
         for number, one in enumerate(earlier):
-            reader = _PartReader(one, tokenizer)
+            reader = PartReader(one.out_uri, one.record, accepted.model)
             for unit, found in zip(one.units, pool.map(reader.read, one.units), strict=True):
                 if found is None:
                     lost += 1
@@ -189,59 +173,3 @@ def _keys(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> Iterator[
         pool.shutdown(cancel_futures=True)  # whoever interrupts this does not wait for every part
     if lost:
         say(f"reuse: {lost} parts of earlier outputs are gone or damaged: their rows are generated (`tokenmill verify` names them)")
-
-
-class _PartReader:
-    """Reads what an earlier job's parts were asked. Safe from several threads."""
-
-    def __init__(self, earlier: Earlier, tokenizer: Any) -> None:
-        self._earlier, self._tokenizer, self._job = earlier, tokenizer, earlier.record.spec
-        self._renderers: dict[int, Renderer] = {}
-        self._lock = threading.Lock()
-
-    def read(self, unit: WorkUnit) -> tuple[bytes, list[int]] | None:
-        """Keys of the rows that are answered, and those rows' numbers; None where the part is gone or damaged."""
-        record, prefix = self._earlier.record, self._job.output.prefix
-        uri = storage.join(self._earlier.out_uri, unit.part_name(record.fingerprint))
-        prompts = list(dict.fromkeys(prompt_columns(self._job.input)))
-        names = [*prompts, prefix + ERROR, prefix + PROMPT_TOKENS]
-        keys, rows, row = [], [], 0
-        try:
-            report = read_report(uri)
-            if (report.unit, report.fingerprint, report.rows) != (unit.index, record.fingerprint, unit.num_rows):
-                return None
-            with open_parquet(uri) as parquet:
-                engine, others = _engines((parquet.metadata.metadata or {})[META_PROVENANCE])
-                renderer, answerer = self._renderer(int(engine["max_model_len"])), Answerer(record.decides, engine)
-                for group in range(parquet.num_row_groups) if _all_alike(engine, others) else ():
-                    table = parquet.read_row_group(group, columns=names, use_threads=False).select(names)
-                    for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
-                        failed, lengths = batch.column(len(prompts)).is_valid().to_pylist(), batch.column(len(prompts) + 1).to_pylist()
-                        rendered = renderer.render(read_prompts(batch, unit.position + row, self._job))
-                        for number, item in enumerate(rendered):
-                            # A length that is not the recorded one was rendered by other rules than today's.
-                            if not failed[number] and isinstance(item, Request) and len(item.token_ids) == lengths[number]:
-                                keys.append(answerer.key(item))
-                                rows.append(row + number)
-                        row += batch.num_rows
-        except (FileNotFoundError, ForeignOutput, pa.ArrowException, KeyError, ValueError):
-            return None
-        return b"".join(keys), rows
-
-    def _renderer(self, max_model_len: int) -> Renderer:
-        with self._lock:
-            if max_model_len not in self._renderers:
-                seed_base = self._earlier.record.fingerprint
-                self._renderers[max_model_len] = Renderer(self._tokenizer, self._job, max_model_len=max_model_len, seed_base=seed_base)
-            return self._renderers[max_model_len]
-
-
-def _engines(provenance: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What generated a part, and what had begun it."""
-    said = json.loads(provenance)
-    return said["engine"], said.get("resumed_from", [])
-
-
-def _all_alike(engine: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a key of one is a key of the others."""
-    return all(other.get(what) == engine[what] for other in others for what in ("kind", "dtype", "max_model_len"))
