@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import Self
 from typing import TextIO
@@ -40,9 +41,6 @@ from jobs.progress import Display
 from jobs.progress import Speed
 from jobs.progress import SpeedMeter
 from jobs.progress import make_display
-from jobs.reuse import Earlier
-from jobs.reuse import find_earlier
-from jobs.reuse import index_earlier
 from jobs.runs import RunLog
 from jobs.runs import keep_last_word
 from jobs.status import cancel as cancel
@@ -66,6 +64,9 @@ from schemas.job import parse_job
 from schemas.ledger import RunAccount
 from schemas.manifest import Totals
 from schemas.manifest import UnitReport
+
+if TYPE_CHECKING:
+    from jobs.reuse import Earlier
 
 __all__ = ["PlanReport", "RunResult", "StoppedAtOnce", "cancel", "load_job", "plan", "run", "status", "verify"]
 
@@ -117,6 +118,8 @@ def load_job(path: str | Path) -> JobSpec:
 
 def plan(job: JobSpec) -> PlanReport:
     """Check a job and say what a run would do; writes nothing, starts nothing. Raises JobError."""
+    from jobs.reuse import find_earlier  # loads the tokenizer's library
+
     accepted = accept(job)
     earlier = find_earlier(accepted)
     if job.cluster.kind in ("address", "azure-batch"):
@@ -140,6 +143,9 @@ def run(
     """
     if job.cluster.kind == "azure-batch" and cluster_of is None:
         raise JobError("cluster.kind: azure-batch is run by `tokenmill submit`, or by `tokenmill driver` on a machine that its nodes reach")
+    from jobs.reuse import find_earlier  # loads the tokenizer's library
+    from jobs.reuse import index_earlier
+
     began = time.monotonic()
     display = make_display(stream or sys.stderr)
     try:

@@ -74,11 +74,14 @@ def test_status_says_what_the_driver_said_last(begun: Path) -> None:
         "units_done": 2,
         "rows_done": 32,
         "error_rows": 2,
+        "errors": {},
+        "examples": [],
         "prompt_tokens": 300,
         "completion_tokens": 100,
         "output_tokens_per_s": 123.5,
         "eta_s": 8,
         "failed_units": {"2": "UnitError: no"},
+        "usd": None,
         "dashboard": None,
     }
     assert [replica["name"] for replica in status.said["replicas"]] == ["local-0"]
