@@ -25,7 +25,7 @@ _MIN_WIDTH = 140
 @storage_option
 @click.option("--nodes", type=click.IntRange(1, 200), default=18, show_default=True, help="A rack has 18.")
 @click.option("--engines", "engines_per_node", type=click.IntRange(1, 16), default=4, show_default=True, help="Of one node.")
-@click.option("--rows", type=click.IntRange(min=1), help="Of the table; by default enough to fill every engine four times.")
+@click.option("--rows", type=click.IntRange(min=1), help="Of the table; by default enough to fill every engine three times.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of a row's output.")
 @click.option("--slow-down", type=click.FloatRange(min=1), help="Engines so many times slower; by default what this machine's cores carry.")
 @click.option("--profile", default="nd128isr-gb300-v6", show_default=True, help="Whose batch and cores a node has.")
