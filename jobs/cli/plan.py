@@ -112,7 +112,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
         "left_out": [f"{uri}: {reason}" for uri, reason in accepted.plan.skipped],
         "new_objects": list(accepted.new_objects),
         "changed_objects": list(accepted.changed_objects),
-        "reuse": [f"{one.out_uri}: {one.rows:,} committed rows" for one in report.earlier],
+        "reuse": [f"{one.out_uri}: {one.rows:,} committed rows (estimates are without them)" for one in report.earlier],
         "output": accepted.out_uri,
         "columns": accepted.record.input_schema.names,
     }

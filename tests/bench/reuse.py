@@ -142,9 +142,8 @@ def _compare(bench: Bench) -> None:
             f"= {run.rows / seconds:,.0f} rows/s; the units' threads spent {kinds} s",
             flush=True,
         )
-    print(
-        f"the rerun took {reused_s / whole_s:.1%} of the whole run's seconds; {generated / whole.this_run.rows:.1%} of its rows were generated"
-    )
+    share = generated / whole.this_run.rows
+    print(f"the rerun took {reused_s / whole_s:.1%} of the whole run's seconds; {share:.1%} of its rows were generated")
 
 
 if __name__ == "__main__":
