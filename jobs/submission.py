@@ -14,6 +14,7 @@ from jobs.cluster import azure_batch
 from jobs.cluster.azure_batch import DRIVER_TASK
 from jobs.cluster.azure_batch import Order
 from jobs.cluster.batch_account import BatchAccount
+from jobs.cluster.batch_account import BatchSilent
 from jobs.cluster.batch_account import recorded
 from jobs.cluster.batch_advice import pool_problem
 from jobs.cluster.batch_advice import resize_problems
@@ -113,22 +114,30 @@ def follow(submitted: Submitted, account: BatchAccount, say: Callable[[str], Non
     """Until the driver has ended; says how it stands when that changes. Returns its exit code. Raises JobError."""
     said = ""
     while True:
-        outcome = batch_run.read_outcome(submitted.out_uri, submitted.job_id, submitted.stamp)
-        if outcome is not None:
-            say(outcome.message)
-            return outcome.exit_code
-        line = _standing(submitted, account)
-        if line is None:
-            driver = next((task for task in account.tasks(submitted.job_id) if task.id == DRIVER_TASK), None)
-            outcome = batch_run.read_outcome(submitted.out_uri, submitted.job_id, submitted.stamp)  # it may have ended between two looks
-            if outcome is None:
-                how = "never started" if driver is None else driver.failure or f"ended with exit code {driver.exit_code}"
-                say(f"job {submitted.job_id} is over and its driver said nothing: it {how}; see `tokenmill logs {submitted.out_uri}`")
-                return EXIT_UNITS_FAILED
-        elif line != said:
+        try:
+            line, exit_code = _look(submitted, account)
+        except (BatchSilent, OSError) as error:  # which says nothing of the job
+            line, exit_code = f"no news at the moment: {error}", None
+        if line != said:
             said = line
             say(line)
+        if exit_code is not None:
+            return exit_code
         time.sleep(wait_s)
+
+
+def _look(submitted: Submitted, account: BatchAccount) -> tuple[str, int | None]:
+    """How the job stands, in a line, and its driver's exit code once it has ended."""
+    standing = _standing(submitted, account)
+    outcome = batch_run.read_outcome(submitted.out_uri, submitted.job_id, submitted.stamp)  # after it: it ends between two looks
+    if outcome is not None:
+        return outcome.message, outcome.exit_code
+    if standing is not None:
+        return standing, None
+    driver = next((task for task in account.tasks(submitted.job_id) if task.id == DRIVER_TASK), None)
+    how = "never started" if driver is None else driver.failure or f"ended with exit code {driver.exit_code}"
+    words = f"job {submitted.job_id} is over and its driver said nothing: it {how}; see `tokenmill logs {submitted.out_uri}`"
+    return words, EXIT_UNITS_FAILED
 
 
 def _standing(submitted: Submitted, account: BatchAccount) -> str | None:

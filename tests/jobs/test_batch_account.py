@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from jobs import batch_run
+from jobs.batch_run import Outcome
 from jobs.batch_run import order_for
 from jobs.cli import main
 from jobs.cluster import azure_batch
@@ -30,7 +32,9 @@ from jobs.cluster.batch_nodes import create_numbered
 from jobs.cluster.batch_nodes import hopeless
 from jobs.cluster.batch_nodes import news
 from jobs.cluster.batch_nodes import why_they_wait
+from jobs.submission import Submitted
 from jobs.submission import check_pools
+from jobs.submission import follow
 from pipeline import storage
 from schemas.batch import ScheduleSpec
 from schemas.errors import EXIT_WRONG_JOB
@@ -296,6 +300,43 @@ def test_the_command_says_what_is_wrong_and_ends_with_2(service: Service, site: 
     assert elsewhere.exit_code == 2
     assert "is run by `tokenmill submit`" in elsewhere.output
     assert [path for method, path in service.requests if method != "GET"] == []
+
+
+def test_whoever_follows_a_job_hears_each_change_once_and_gets_the_drivers_exit_code(site: Site, service: Service, tmp_path: Path) -> None:
+    from azure.batch import BatchClient
+    from azure.identity import DefaultAzureCredential
+
+    account = BatchAccount(site.endpoint, BatchClient(site.endpoint, DefaultAzureCredential(), retry_total=0))
+    account.create_job(azure_batch.driver_job(an_order(), "night-1"))
+    storage.use(None)
+    submitted = Submitted(job_id="night-1", stamp="s", out_uri=str(tmp_path / "out"), notes=())
+    busy, heard = Refused(503, "ServerBusy", "The server is busy."), []
+
+    def say(line: str) -> None:
+        heard.append(line)
+        if len(heard) == 1:
+            service.refuse["GET", "/jobs/night-1"] = busy
+        elif len(heard) == 2:
+            service.refuse.clear()
+        elif len(heard) == 3:
+            batch_run.store_outcome(submitted.out_uri, "night-1", "s", Outcome(exit_code=3, message="limit"))
+
+    assert follow(submitted, account, say, wait_s=0) == 3
+    active = "job night-1 is active; its driver has not begun"
+    assert [heard[0], heard[2], heard[3]] == [active, active, "limit"]
+    assert heard[1].startswith("no news at the moment: ")
+
+
+def test_a_driver_that_was_ended_from_outside_is_told_from_one_that_ended_by_itself(
+    account: BatchAccount, service: Service, tmp_path: Path
+) -> None:
+    account.create_job(azure_batch.driver_job(an_order(), "night-1"))
+    storage.use(None)
+    job = service.jobs["night-1"]
+    job.state, job.tasks["driver"].state, job.tasks["driver"].exit_code = "completed", "completed", 137
+    submitted, heard = Submitted(job_id="night-1", stamp="s", out_uri=str(tmp_path / "out"), notes=()), []
+    assert follow(submitted, account, heard.append, wait_s=0) == 1
+    assert "its driver said nothing: it ended with exit code 137; see `tokenmill logs" in heard[0]
 
 
 def test_a_schedule_is_made_once_paused_resumed_and_deleted(account: BatchAccount, service: Service) -> None:
