@@ -65,7 +65,7 @@ def view_of(status: Status) -> View:
     said = status.said
     running = status.state in ("starting", "running", "draining")
     elapsed_s = _number(said, "updated_at") - _number(said, "began_at")
-    mean = _number(said, "completion_tokens") / elapsed_s if elapsed_s > 0 else None
+    mean = (_number(said, "completion_tokens") - _number(said, "reused_tokens")) / elapsed_s if elapsed_s > 0 else None
     now = _number(said, "output_tokens_per_s")
     eta = said.get("eta_s")
     by_speed = None

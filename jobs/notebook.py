@@ -35,6 +35,7 @@ _FIELDS = {
     "cluster": "cluster.kind",
     "replicas": "cluster.replicas",
     "canary": "canary",
+    "reuse": "reuse",
 }
 """Flat keywords, as the command line has them; any other is a section of the job file, as a mapping."""
 _SECTIONS = ("input", "output", "sampling", "engine", "cluster", "limits", "storage")

@@ -68,6 +68,7 @@ def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAcc
         "examples": totals.examples[:_MAX_EXAMPLES],
         "prompt_tokens": totals.prompt_tokens,
         "completion_tokens": totals.completion_tokens,
+        "reused_tokens": totals.reused_tokens,
         "output_tokens_per_s": round(speed.tokens_per_s, 1),
         "eta_s": None if speed.eta_s is None else round(speed.eta_s),
         "failed_units": {str(unit): reason for unit, reason in list(progress.failed.items())[:10]},

@@ -51,7 +51,8 @@ class RunResult:
 
     @property
     def output_tokens_per_s(self) -> float:
-        return self.this_run.completion_tokens / self.generate_s if self.generate_s else 0.0
+        """Of tokens that no earlier output had."""
+        return (self.this_run.completion_tokens - self.this_run.reused_tokens) / self.generate_s if self.generate_s else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """For --json: plain data."""
@@ -104,7 +105,7 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
     if run.reused_rows:
         table.add_row("reused", f"{run.reused_rows:,} rows, {run.reused_tokens:,} output tokens: as earlier outputs have them (reuse)")
     if run.rows:
-        whole = run.prompt_tokens + run.completion_tokens
+        whole = run.prompt_tokens + run.completion_tokens - run.reused_tokens
         per_s = whole / result.generate_s if result.generate_s else 0.0
         table.add_row(
             "speed",

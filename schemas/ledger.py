@@ -102,9 +102,11 @@ class RunAccount(Frozen):
     error_rows: _Count
     prompt_tokens: _Count
     output_tokens: _Count
-    """Also those that were copied, or that earlier runs had saved."""
+    """Also those that were copied, or that earlier runs had saved; not those that were taken over from earlier outputs."""
     copied_tokens: _Count = 0
     """Of rows that asked the same as another."""
+    reused_tokens: _Count = 0
+    """Of rows that an earlier output had answered."""
     retries: _Count
     doubled: _Count = 0
     """Units that were run a second time because they held up the end."""

@@ -87,6 +87,9 @@ def test_reused_rows_are_counted_everywhere(place: Place) -> None:
     result = place.run("new", rows(_EDITED), reuse=[str(place.out("old"))])
     count = _ROWS - len(_EDITED)
     assert result.to_dict()["this_run"]["reused_rows"] == count
+    assert result.account is not None
+    assert result.account.reused_tokens == result.this_run.reused_tokens
+    assert result.account.output_tokens == result.this_run.completion_tokens - result.this_run.reused_tokens  # no engine's doing
     manifest = pq.read_table(place.out("new") / layout.MANIFEST)
     assert sum(row["reused_rows"] for row in manifest.to_pylist()) == count
     metadata = [pq.read_metadata(path).metadata or {} for path in place.out("new").glob("part-*")]

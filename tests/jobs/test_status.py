@@ -78,6 +78,7 @@ def test_status_says_what_the_driver_said_last(begun: Path) -> None:
         "examples": [],
         "prompt_tokens": 300,
         "completion_tokens": 100,
+        "reused_tokens": 0,
         "output_tokens_per_s": 123.5,
         "eta_s": 8,
         "failed_units": {"2": "UnitError: no"},
