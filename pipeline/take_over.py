@@ -52,6 +52,8 @@ class TakenOver:
     """A unit's history with what earlier outputs know of it."""
 
     history: History
+    positions: frozenset[int] = frozenset()
+    """Of those rows in the table."""
     rows: int = 0
     tokens: int = 0
     """Completion tokens of those rows."""
@@ -129,6 +131,7 @@ def _taken(wanted: Mapping[Place, Sequence[_Wanted]], index: Answered, tools: To
     rows = concat(*taken)
     return TakenOver(
         history=history.with_rows(positions, rows),
+        positions=frozenset(positions),
         rows=rows.num_rows,
         tokens=int(pc.sum(rows.column(_COMPLETION_TOKENS)).as_py() or 0),
         sources=tuple({"output": source.uri, "fingerprint": source.fingerprint, "rows": count} for source, count in counts.items()),

@@ -95,7 +95,9 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
                 writer.write(pa.RecordBatch.from_arrays([*chunk.batch.columns, *added.columns], schema=schema))
     except EngineDead as error:
         written = writer.taken(added_schema(tools.job))
-        _save(error, walk, range(unit.position, unit.position + written.num_rows), written)
+        # What was taken over is taken over again, and counted as that.
+        own = [number for number in range(written.num_rows) if unit.position + number not in reused.positions]
+        _save(error, walk, [unit.position + number for number in own], written.take(pa.array(own, pa.int64())))
     if writer.num_rows != unit.num_rows:
         raise UnitError(f"unit {unit.index}: {writer.num_rows} rows came out of {unit.num_rows}; nothing was committed")
     with clock.spend("write"):

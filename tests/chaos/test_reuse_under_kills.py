@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -14,6 +16,7 @@ from jobs.api import load_job
 from jobs.api import run
 from jobs.verify import verify
 from schemas import layout
+from schemas.errors import EXIT_DRAINED
 from tests.commands import Command
 from tests.conftest import read_output
 
@@ -117,3 +120,20 @@ def test_an_index_cut_short_by_a_kill_is_made_anew(site: Site) -> None:
     rows, reused, said = site.finish()
     assert "indexed in" in said
     assert (rows, reused) == (_ROWS, _ROWS - len(_EDITED))
+
+
+def test_units_that_a_machine_hands_back_take_their_rows_over_again(site: Site) -> None:
+    """On SIGTERM, units in flight save what they have generated; what was taken over is counted once, and as that."""
+    site.write("new", _EDITED, engine=_SLOW, reuse=[str(site.out("old"))], cluster={"kind": "local", "replicas": 1})
+    started = Command(site.folder, "run", site.job("new").name)
+    try:
+        started.wait_for("a part", lambda: site.parts() >= 1)
+        started.send(signal.SIGTERM)
+        assert started.end() == EXIT_DRAINED, started.log
+    finally:
+        started.kill()
+    assert site.parts() < 32
+    site.finish()
+    manifest = pq.read_table(site.out("new") / layout.MANIFEST).to_pylist()
+    assert sum(unit["reused_rows"] for unit in manifest) == _ROWS - len(_EDITED)
+    assert sum(unit["resumed_rows"] for unit in manifest) <= len(_EDITED)
