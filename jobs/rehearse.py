@@ -64,6 +64,14 @@ _SAMPLE_S = 0.5
 _STATUS_EVERY_S = 5.0
 """As in `tokenmill run`."""
 _LOG_LINES = 15
+_SCHEDULER = """
+import sys, threading
+from jobs.cli import main
+from pipeline.worker import end_with_parent
+threading.Thread(target=end_with_parent, daemon=True).start()
+main(sys.argv[1:])
+"""
+"""`tokenmill scheduler`, but that it ends with this process, however that ends."""
 _METER_S = 1.5
 """After which a node's meter has said what there was."""
 _PREFILL_TOKENS_PER_S = 1e12
@@ -162,7 +170,7 @@ class _Child:
 
 def _start(spec: RehearsalSpec, model: Model, folder: Path, stack: contextlib.ExitStack) -> list[_Child]:
     """The scheduler, then all nodes; they end with the stack."""
-    command = ["-m", "jobs.cli", "scheduler", "--listen", "tcp://127.0.0.1:0", "--insecure", "--rendezvous", f"{folder}/place"]
+    command = ["-c", _SCHEDULER, "scheduler", "--listen", "tcp://127.0.0.1:0", "--insecure", "--rendezvous", f"{folder}/place"]
     children = [stack.enter_context(_process("scheduler", [*command, "--dashboard", "none"], folder / "scheduler.log"))]
     max_num_seqs = find_profile(spec.profile).max_num_seqs
     for index, speed in enumerate(node_speeds(spec.nodes)):

@@ -10,7 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.commands import PATIENCE_S
 from tests.commands import TOKENMILL
+from tests.commands import Command
 
 pytestmark = pytest.mark.chaos
 
@@ -39,6 +41,20 @@ def test_a_small_rehearsal_runs_through_and_accounts_for_every_row(tiny_model: P
     (out,) = (tmp_path / "store").glob("rehearsal-*/out")
     assert subprocess.run([TOKENMILL, "verify", str(out)], check=False, capture_output=True).returncode == 0
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(process.info["cmdline"] or [])]
+
+
+def test_a_killed_rehearsal_leaves_no_process(tiny_model: Path, tmp_path: Path) -> None:
+    store, tag = ["--store", str(tmp_path / "store")], {"TMPDIR": str(tmp_path)}
+    command = Command(tmp_path, "rehearse", "--model", str(tiny_model), "--nodes", "1", "--rows", "100000", *store, environment=tag)
+    try:
+        command.wait_for("replicas joined")
+        family = command.family()
+        assert len(family) == 3
+        family[0].kill()
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+        assert alive == []
+    finally:
+        command.kill()
 
 
 def test_a_rehearsal_that_cannot_be_is_refused_before_anything_starts(tiny_model: Path, tmp_path: Path) -> None:
