@@ -33,7 +33,7 @@ Done = Callable[[Any], None]
 
 MESSAGE = "message"
 
-PURE = frozenset({"absolute", "check_can_create", "commit_as", "join", "scheme_of"})
+PURE = frozenset({"absolute", "check_can_create", "commit_as", "join", "scheme_of", "web_address"})
 """Public functions of storage that touch no store."""
 COMPOSITE = frozenset({"exists", "probe"})
 """Made of the others, whose calls are counted."""
