@@ -151,6 +151,13 @@ class Job:
         """Where the seconds of its engines went, over all its runs."""
         return read_job_report(self.output)
 
+    def page(self) -> str:
+        """Write the report as one HTML page beside the output, of what is known so far; where it lies."""
+        from jobs.reporting.write import write_report
+
+        (page,) = write_report(self.output)
+        return page
+
     def verify(self) -> Verdict:
         """Proof that every input row is there once, in order, with its columns."""
         return verify_output(self.output)

@@ -134,6 +134,7 @@ def test_rows_of_a_finished_job_come_back_in_order(finished: Job) -> None:
     assert finished.errors().column("id").to_pylist() == [39]
     assert finished.verify().complete
     assert finished.report().num_requests == 40
+    assert Path(finished.page()).read_text().startswith("<!")
     with pytest.raises(JobError, match=r"columns: found nope; this output has id, q, completion"):
         finished.to_arrow(["nope"])
 
