@@ -212,7 +212,8 @@ def test_a_job_outlives_the_kernel_and_another_process_attaches_and_drains_it(fi
     assert job.status().state in ("running", "starting")
     some = job.to_arrow()
     assert 0 < some.num_rows < 400
-    assert some.column("q").to_pylist() == [f"question {row}" for row in range(some.num_rows)]
+    rows = [int(text.split()[1]) for text in some.column("q").to_pylist()]
+    assert rows == sorted(set(rows))  # a later unit may have been first; what is there is in order
     assert job.cancel() in ("running", "starting")
     assert job.wait(60, show=False).status().state == "drained"
     deadline = time.monotonic() + 30
