@@ -69,6 +69,7 @@ def bench_pipeline(job: JobSpec, *, num_rows: int | None, rounds: int, with_raw:
         raw: list[Measured] = []
         for count in [1] * rounds if fresh else [rounds]:
             with _replicas_up(first) as cluster:
+                say(f"{cluster.num_replicas} replicas are up")
                 for _ in range(count):
                     accepted = store(accept(into(first.job, work / f"out-{len(measured)}")))
                     measured.append(_run_once(accepted, cluster))
