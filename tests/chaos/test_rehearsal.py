@@ -14,7 +14,7 @@ from tests.commands import PATIENCE_S
 from tests.commands import TOKENMILL
 from tests.commands import Command
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 
 def rehearse(model: Path, store: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -188,6 +188,7 @@ def test_azures_notice_ends_the_run_within_its_thirty_seconds_and_keeps_what_is_
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_an_engine_core_in_a_process_of_its_own_does_not_outlive_a_killed_worker(tiny_model: Path, tmp_path: Path) -> None:
     """With its supervisor gone too, nobody but the worker's own reaper is left to end it."""
     config = WorkerConfig(

@@ -133,6 +133,7 @@ def slow_way(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
 
 @pytest.mark.chaos
 @pytest.mark.azurite
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_node_with_a_slow_way_to_the_store_is_named_and_the_job_goes_on_without_it(
     site: Site, azurite: Azurite, slow_way: FaultyProxy, container: str

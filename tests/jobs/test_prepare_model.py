@@ -196,6 +196,7 @@ def test_the_gate_asks_the_real_engine(order: Order) -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_a_kill_leaves_nothing_that_could_be_taken_for_a_checkpoint(order: Order, tmp_path: Path) -> None:
     models = Path(str(order.output))
