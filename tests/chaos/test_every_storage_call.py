@@ -257,6 +257,7 @@ def test_a_single_failure_anywhere_costs_no_row(rig: Rig) -> None:
     assert rig.figures.fired == rig.figures.points == len(points)
 
 
+@pytest.mark.long
 def test_two_failures_anywhere_cost_no_row(rig: Rig) -> None:
     job = rig.job()
     pairs = list(itertools.combinations(rig.points(job), 2))
@@ -267,6 +268,7 @@ def test_two_failures_anywhere_cost_no_row(rig: Rig) -> None:
     assert rig.figures.fired >= rig.figures.points * 0.9  # a second fault may stand behind what the first one ended
 
 
+@pytest.mark.long
 def test_a_store_that_fails_while_planning_costs_no_input_file_where_unreadable_ones_are_skipped(rig: Rig) -> None:
     """A file that the store did not give is not a file that is no Parquet."""
     job = rig.job(unreadable="skip")
@@ -276,6 +278,7 @@ def test_a_store_that_fails_while_planning_costs_no_input_file_where_unreadable_
         rig.strike(job, [point])
 
 
+@pytest.mark.long
 def test_a_single_failure_where_evicted_units_are_taken_up_costs_no_row(rig: Rig) -> None:
     """Segments are read, added to, and removed behind the commit."""
     job = rig.job()

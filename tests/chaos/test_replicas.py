@@ -100,6 +100,7 @@ def test_an_evicted_worker_saves_its_rows_and_others_go_on_from_them(job: Job) -
     print(f"saved {saved} finished and {begun} begun rows; {sum(r.resumed_rows for r in reports(job))} were taken up")
 
 
+@pytest.mark.long
 def test_rows_that_were_taken_up_are_the_same_as_if_nothing_had_happened(job: Job, tmp_path: Path) -> None:
     job.write(engine={"options": _LONG}, sampling={"max_tokens": 40})
     first = job.start()
@@ -125,6 +126,7 @@ def deadly_table(job: Job, model: Path, option: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("option", "how"), [("dies_on_token", "signal SIGABRT"), ("hangs_on_token", "made no step for 3 s")])
+@pytest.mark.long
 def test_a_row_that_kills_or_hangs_engines_becomes_an_error_row_and_all_others_complete(
     job: Job, tiny_model: Path, option: str, how: str
 ) -> None:

@@ -211,6 +211,7 @@ def test_replicas_end_with_a_process_that_is_killed(model: Model, tmp_path: Path
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_two_real_engines_generate_what_one_does(model: Model, tmp_path: Path) -> None:
     engine = EngineSpec(options={"max_num_seqs": 8, "max_model_len": 256, "kv_cache_memory_bytes": 32 << 20})
     requests = [
