@@ -51,8 +51,7 @@ from jobs.verify import verify as verify
 from pipeline import storage
 from pipeline.engine.continuous import window_rows
 from pipeline.eviction import watch_evictions
-from pipeline.hardware import find_profile
-from pipeline.hardware import profile_names
+from pipeline.hardware import price_of
 from pipeline.profile import cut_machine
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_DRAINED
@@ -151,7 +150,7 @@ def run(
     try:
         with _Interrupts() as interrupts, served(job) as metrics:
             accepted = accept(job, taken=taken)
-            caps = caps_of(job.limits, profile_usd_per_hour=_node_price(accepted))
+            caps = caps_of(job.limits, profile_usd_per_hour=price_of(_profile(accepted)))
             earlier = find_earlier(accepted)
             accepted = store(accepted)
             _say_beginning(accepted, display)
@@ -270,14 +269,6 @@ def _profile(accepted: Accepted) -> str:
     return accepted.cut.profile if accepted.cut else "each node's own"
 
 
-def _node_price(accepted: Accepted) -> float | None:
-    """USD an hour of this machine, if its profile says."""
-    if accepted.cut is None or accepted.cut.profile not in profile_names():
-        return None
-    node = find_profile(accepted.cut.profile).node
-    return node.price.usd_per_hour if node is not None and node.price is not None else None
-
-
 def _drive(
     accepted: Accepted,
     driver: Driver,
@@ -289,7 +280,7 @@ def _drive(
 ) -> None:
     meter = SpeedMeter()
     progress, next_status, status_failed = driver.progress, 0.0, False
-    shown: list[bool] = []
+    canary_shown = False
 
     def tell_storage(speed: Speed) -> None:
         """The status is for people; that it cannot be written stops nothing."""
@@ -305,11 +296,11 @@ def _drive(
             status_failed = True
 
     def on_tick(_: Progress) -> None:
-        nonlocal next_status
+        nonlocal next_status, canary_shown
         while progress.notes:
             display.say(progress.notes.pop(0))
-        if progress.canary == "done" and not shown:
-            shown.append(True)
+        if progress.canary == "done" and not canary_shown:
+            canary_shown = True
             with _spoken("the canary's rows", display):
                 _show_canary(accepted, display)
         speed = meter.measure(progress)

@@ -251,8 +251,7 @@ class Driver:
         while True:
             self._look_around()
             self._submit()
-            idle = not self._flying and not (self._ready or self._later)
-            if not self._flying and (self._drain.is_set() or (idle and not self._release())):
+            if not self._flying and (self._drain.is_set() or not (self._ready or self._later or self._release())):
                 break
             self._collect()
             on_tick(progress)

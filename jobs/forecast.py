@@ -23,9 +23,9 @@ from jobs.lengths import SAMPLE_ROWS
 from jobs.lengths import Lengths
 from jobs.lengths import earlier_outputs
 from jobs.lengths import mean_of
-from jobs.lengths import prompt_lengths
 from jobs.lengths import unknown_output
 from jobs.sample import read_sample
+from pipeline.engine.engine import Request
 from pipeline.hardware import find_profile
 from pipeline.hardware import known_sizes
 from pipeline.hardware import profile_names
@@ -71,8 +71,12 @@ def forecast(
     """Raises JobError where no row can be asked, EngineError where the canary's engine fails."""
     accepted = report.accepted
     job, model = accepted.job, accepted.model
-    prompts = prompt_lengths(job, model)
-    canary = _canary(report, canary_rows, say) if canary_rows else None
+    # Any beginning of a sample is a sample itself, so one reading serves the lengths and the canary.
+    sample = read_sample(job, model, max(SAMPLE_ROWS, canary_rows or 0), max_model_len=model.max_position_embeddings)
+    if not sample:
+        raise JobError("input: no row of a sample can be asked; `tokenmill run` would write each with its error")
+    prompts = [len(request.token_ids) for request in sample[:SAMPLE_ROWS]]
+    canary = _canary(report, sample[:canary_rows], say) if canary_rows else None
     if canary is not None:
         output, basis = mean_of(canary.output_lengths), "canary"
     elif history:
@@ -81,7 +85,7 @@ def forecast(
         output, basis = unknown_output(job.sampling.max_tokens * job.sampling.n), "max_tokens"
     lengths = Lengths(
         rows=accepted.plan.num_rows,
-        sampled=min(len(prompts), SAMPLE_ROWS),
+        sampled=len(prompts),
         prompt=mean_of(prompts),
         output=output,
         basis=basis,  # type: ignore[arg-type]
@@ -109,10 +113,9 @@ def node_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def _canary(report: PlanReport, rows: int, say: Callable[[str], None]) -> Canary:
+def _canary(report: PlanReport, requests: Sequence[Request], say: Callable[[str], None]) -> Canary:
     job, model = report.accepted.job, report.accepted.model
     cut = report.accepted.cut or cut_machine(job.engine, model, replicas=job.cluster.replicas)
-    requests = read_sample(job, model, rows, max_model_len=model.max_position_embeddings)
     say(f"canary: {len(requests)} rows on {cut.replicas} replica{'s' if cut.replicas > 1 else ''} here")
     began = time.monotonic()
     canary = run_canary(cut, model, job.engine.kind, requests, timeout_s=_CANARY_TIMEOUT_S)

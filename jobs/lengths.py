@@ -8,15 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jobs.accept import committed_units
-from jobs.accept import load_job_of
-from jobs.sample import read_sample
-from pipeline import storage
-from pipeline.model import Model
-from pipeline.read import open_parquet
+from jobs.outputs import committed
 from schemas.completions import COMPLETION_TOKENS
 from schemas.errors import JobError
-from schemas.job import JobSpec
 
 SAMPLE_ROWS = 512
 _INTERVAL = 0.8
@@ -64,25 +58,11 @@ def unknown_output(max_tokens: int) -> Mean:
     return Mean(value=_UNKNOWN_MEAN * max_tokens, low=_UNKNOWN_LOW * max_tokens, high=float(max_tokens))
 
 
-def prompt_lengths(job: JobSpec, model: Model, *, rows: int = SAMPLE_ROWS) -> list[int]:
-    """Of rows from all over the table, as a run would tokenise them. Raises JobError where none can be asked."""
-    sample = read_sample(job, model, rows, max_model_len=model.max_position_embeddings)
-    if not sample:
-        raise JobError("input: no row of a sample can be asked; `tokenmill run` would write each with its error")
-    return [len(request.token_ids) for request in sample]
-
-
 def earlier_outputs(output: str) -> list[int]:
     """Completion lengths of an earlier output's committed rows, from up to 16 of its parts. Raises JobError where it has none."""
-    out_uri = storage.absolute(output)
-    record, plan = load_job_of(out_uri)
-    done = committed_units(out_uri, record.fingerprint)
-    column = record.spec.output.prefix + COMPLETION_TOKENS
-    names = [unit.part_name(record.fingerprint) for unit in plan.units if unit.index in done]
-    lengths: list[int] = []
-    for name in names[:: max(1, len(names) // _MOST_PARTS)][:_MOST_PARTS]:
-        with open_parquet(storage.join(out_uri, name)) as parquet:
-            lengths += [value for value in parquet.read(columns=[column], use_threads=False).column(0).to_pylist() if value]
+    found = committed(output)
+    parts = found.units[:: max(1, len(found.units) // _MOST_PARTS)][:_MOST_PARTS]
+    lengths = [length for length in found.read([found.added + COMPLETION_TOKENS], parts).column(0).to_pylist() if length]
     if not lengths:
         raise JobError(f"--history {output}: no completion is committed there yet")
     return lengths

@@ -74,6 +74,12 @@ def device_of(profile: Profile, beside: Path | None = None) -> Device | None:
     return load_device(profile.node.device, beside) if profile.node is not None else None
 
 
+def price_of(name: str) -> float | None:
+    """USD an hour of one node of a profile, by its name; None where it is none of ours, or says no price."""
+    node = find_profile(name).node if name in profile_names() else None
+    return node.price.usd_per_hour if node is not None and node.price is not None else None
+
+
 def known_sizes() -> list[Profile]:
     """The profiles of Azure's sizes, by name."""
     return [profile for profile in map(find_profile, profile_names()) if profile.node is not None and profile.node.vm_size]

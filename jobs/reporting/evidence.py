@@ -25,8 +25,7 @@ from jobs.report import report
 from jobs.status import Status
 from jobs.status import read_status
 from pipeline import storage
-from pipeline.hardware import find_profile
-from pipeline.hardware import profile_names
+from pipeline.hardware import price_of
 from pipeline.read import open_parquet
 from schemas import layout
 from schemas.completions import COMPLETION_TOKENS
@@ -100,17 +99,12 @@ def gather(out_uri: str, *, account: Report | None = None, now: float | None = N
         size_bytes=sum(sizes.values()),
         lengths=read_lengths(out_uri, names, prefix=record.spec.output.prefix),
         read_at=now or time.time(),
-        usd_per_hour={run.run: record.spec.limits.usd_per_hour or _price(run.profile) for run in account.runs},
+        usd_per_hour={run.run: record.spec.limits.usd_per_hour or price_of(run.profile) for run in account.runs},
     )
 
 
 def _num_objects(plan: Plan) -> int:
     return len(plan.objects.keys() - {""})
-
-
-def _price(profile: str) -> float | None:
-    node = find_profile(profile).node if profile in profile_names() else None
-    return node.price.usd_per_hour if node is not None and node.price is not None else None
 
 
 def _from_manifest(out_uri: str, fingerprint: str, sizes: Mapping[int, int]) -> list[UnitReport] | None:
