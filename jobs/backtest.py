@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import yaml
 from pydantic import Field
 
@@ -83,8 +83,9 @@ class Backtest:
 
     def ratio_interval(self, share: float) -> tuple[float, float]:
         """Published over predicted, in the middle `share` of the rows that no constant was fitted on."""
-        ratios = sorted(1 / row.ratio for row in self.rows if not row.published.fitted)
-        return _quantile(ratios, (1 - share) / 2), _quantile(ratios, (1 + share) / 2)
+        ratios = [1 / row.ratio for row in self.rows if not row.published.fitted]
+        low, high = np.quantile(ratios, [(1 - share) / 2, (1 + share) / 2])
+        return float(low), float(high)
 
 
 def backtest(constants: Constants = CONSTANTS) -> Backtest:
@@ -115,10 +116,6 @@ def fit(spaces: dict[str, Sequence[float]]) -> Constants:
     return best[1]
 
 
-def median_error(errors: Sequence[float]) -> float:
-    return statistics.median(errors)
-
-
 @cache
 def _published() -> _File:
     return _File.model_validate(yaml.safe_load(_PUBLISHED.read_text()))
@@ -138,10 +135,3 @@ def _check(row: Published, workload: Workload, constants: Constants) -> Checked:
     )
     assert speed is not None, f"{row.model} does not fit on {_MOST_DEVICES} {row.device}"
     return Checked(published=row, speed=speed)
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])

@@ -25,7 +25,7 @@ from jobs.caps import Caps
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
-from jobs.cluster.cluster import node_of as node_of
+from jobs.cluster.cluster import node_of
 from jobs.load import Load
 from jobs.plan import Plan
 from jobs.plan import canary_units

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import functools
+import sys
 from collections.abc import Callable
 from collections.abc import Iterable
 from typing import Any
 
 import click
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 from schemas.errors import EXIT_DRAINED
 from schemas.errors import EXIT_UNITS_FAILED
@@ -18,6 +21,9 @@ from schemas.errors import TokenmillError
 from schemas.job import JobSpec
 from schemas.job import parse_job
 from schemas.storage import looks_secret
+
+_WIDE = 150
+"""Columns of a table in a file."""
 
 
 class CommandGroup(click.Group):
@@ -132,6 +138,11 @@ def build_job(job_file: str | None, flags: dict[str, Any], more: dict[str, Any] 
         return parse_job(data)
     except JobError as error:
         raise JobError(f"{job_file}:\n{error}" if job_file else str(error)) from None
+
+
+def print_table(table: Table) -> None:
+    """On standard output, wide where no terminal says how wide it is."""
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:

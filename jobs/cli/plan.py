@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
+import statistics
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from jobs.cli.group import build_job
 from jobs.cli.group import job_options
 from jobs.cli.group import main
+from jobs.cli.group import print_table
 from jobs.cli.group import reuse_option
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from jobs.backtest import Backtest
     from jobs.estimate import Offer
     from jobs.forecast import Forecast
-
-_WIDE = 150
-"""Columns, where no terminal says how wide it is."""
 
 
 @main.command()
@@ -136,7 +133,7 @@ def _show_forecast(made: Forecast, deadline_s: float | None, max_usd: float | No
         table.add_column(title, justify="left" if title in ("node", "weights", "known from") else "right")
     for offer in made.offers:
         table.add_row(*_cells(offer))
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    print_table(table)
     for text in made.remarks:
         click.echo(text)
     if deadline_s is not None:
@@ -183,15 +180,13 @@ def _count(value: float) -> str:
 
 
 def _show_backtest(found: Backtest, as_json: bool) -> None:
-    from jobs.backtest import median_error
-
     closed, blind, opened = found.errors(), found.errors(fitted=False), found.errors(division="open")
     slower, faster = found.ratio_interval(0.8)
     values: dict[str, Any] = {
         "rows": len(closed),
         "rows_fitted": len(closed) - len(blind),
-        "median_error": median_error(closed),
-        "median_error_not_fitted": median_error(blind),
+        "median_error": statistics.median(closed),
+        "median_error_not_fitted": statistics.median(blind),
         "largest_error": max(closed),
         "largest_error_open_division": max(opened),
         "published_over_predicted_80": [slower, faster],
@@ -217,7 +212,7 @@ def _show_backtest(found: Backtest, as_json: bool) -> None:
             of.device, of.model, of.precision, of.engine, f"{of.per_device:,.6g}", f"{row.speed.per_device:,.4g}", f"{row.ratio:.2f}",
             str(row.speed.devices), f"{row.speed.batch:,.0f}", note,
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    print_table(table)
     click.echo(
         f"closed division and records, {len(closed)} rows: median error {values['median_error']:.0%}, largest {max(closed):.0%}; "
         f"the {len(blind)} that no constant was fitted on: median {values['median_error_not_fitted']:.0%}"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
-from rich.console import Console
 from rich.table import Table
 
 from jobs.cli.group import main
+from jobs.cli.group import print_table
 from pipeline.hardware import device_of
 from pipeline.hardware import find_profile
 from pipeline.hardware import profile_names
 from pipeline.hardware import profile_text
 from schemas.profile import Profile
-
-_WIDE = 150
-"""Columns, where no terminal says how wide it is."""
 
 
 @main.command()
@@ -38,7 +33,7 @@ def profiles(name: str | None) -> None:
         table.add_column(title)
     for profile in map(find_profile, profile_names()):
         table.add_row(profile.name, *_cells(profile))
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    print_table(table)
 
 
 def _cells(profile: Profile) -> list[str]:

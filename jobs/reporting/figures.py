@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.caps import Caps
-from jobs.driver import node_of
+from jobs.cluster.cluster import node_of
 from jobs.reporting.evidence import Counts
 from schemas.ledger import Kind
 from schemas.ledger import ReplicaAccount

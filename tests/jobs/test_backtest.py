@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 from click.testing import CliRunner
 
 from jobs.backtest import backtest
 from jobs.backtest import fit
-from jobs.backtest import median_error
 from jobs.cli import main
 from pipeline.roofline import CONSTANTS
 
@@ -30,9 +30,9 @@ def test_errors_are_as_small_as_promised_and_few_rows_were_fitted() -> None:
     closed = found.errors()
     assert len(closed) == 19
     assert len(found.errors(fitted=True)) * 3 <= len(closed)
-    assert median_error(closed) <= 0.15
+    assert statistics.median(closed) <= 0.15
     assert max(closed) <= 0.35
-    assert median_error(found.errors(fitted=False)) <= 0.15
+    assert statistics.median(found.errors(fitted=False)) <= 0.15
     assert max(found.errors(division="open")) <= 0.35
 
 
