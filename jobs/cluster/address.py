@@ -25,6 +25,7 @@ from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.cluster.cluster import node_of
 from jobs.cluster.dask_units import DaskUnits
+from jobs.cluster.dask_units import addresses_of
 from jobs.cluster.dask_units import replica_states
 from pipeline import rendezvous
 from pipeline import tls
@@ -261,8 +262,8 @@ class AddressCluster:
         if problems:
             raise JobError("this cluster cannot run the job:\n  " + "\n  ".join(problems))
         workers = kept(joined, self._spec.leave_out)
+        units.allow(addresses_of(workers))
         if self._spec.leave_out:
-            units.allow({str(info["name"]): address for address, info in workers.items()})
             for node in sorted({node_of(str(info["name"])) for info in joined.values()} & set(self._spec.leave_out) - self._left_out):
                 self._left_out.add(node)
                 self._note(f"node {node} is left out, as cluster.leave_out says")

@@ -30,6 +30,11 @@ _FETCH_S = 20.0
 """For a result of under a KiB to come from its replica. All results of a process come through one thread of Dask's."""
 
 
+def addresses_of(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Where each worker is, by its name."""
+    return {str(info["name"]): address for address, info in workers.items()}
+
+
 def replica_states(workers: Mapping[str, Mapping[str, Any]]) -> list[ReplicaState]:
     """Those ready, by name, out of what a scheduler knows of its workers."""
     states = []
@@ -50,7 +55,7 @@ class DaskUnits:
         self._client = client
         client.loop.asyncio_loop.set_exception_handler(_quiet)
         self._flying: dict[str, tuple[int, Callable[[Result], None]]] = {}
-        self._allowed: dict[str, str] | None = None
+        self._allowed: dict[str, str] = {}
         self._bound: dict[str, tuple[frozenset[str], Future]] = {}
         self._lock = threading.Lock()
         self._lost: str | None = None
@@ -63,7 +68,8 @@ class DaskUnits:
     def allow(self, replicas: Mapping[str, str]) -> None:
         """From now on units go to these replicas alone, addresses by name. Those bound to others that are gone come back as lost.
 
-        Dask would keep a task for ever whose workers are all gone.
+        Dask would keep a task for ever whose workers are all gone, also one that may run elsewhere: a task that reaches a
+        scheduler at a moment without workers waits for the very address that it was meant for, whoever joins later.
         """
         self._allowed = dict(replicas)
         present = frozenset(replicas.values())
@@ -91,23 +97,20 @@ class DaskUnits:
         if lost is not None:
             done(ReplicaLost(lost))
             return
-        where: dict[str, Any] = {"workers": [on], "allow_other_workers": True} if on else {}
-        bound = None
-        if self._allowed is not None:  # Dask knows no preference among a few, so it is one of them or all
-            bound = frozenset([self._allowed[on]] if on in self._allowed else self._allowed.values())
-            if not bound:
-                self._answer(key, ReplicaLost("no replica is there that may run the unit"))
-                return
-            where = {"workers": sorted(bound), "allow_other_workers": False}
+        # Dask knows no preference among a few, so it is one of them or all.
+        bound = frozenset([self._allowed[on]] if on in self._allowed else self._allowed.values())
+        if not bound:
+            self._answer(key, ReplicaLost("no replica is there that may run the unit"))
+            return
+        where: dict[str, Any] = {"workers": sorted(bound), "allow_other_workers": False}
         try:
             future = self._client.submit(run_unit_task, out_uri, fingerprint, unit.to_dict(), key=key, retries=0, pure=False, **where)
         except Exception as error:  # a client that closes at this moment says so in many ways
             self._answer(key, ReplicaLost(f"the unit could not be sent: {type(error).__name__}: {error}"))
             return
-        if bound is not None:
-            with self._lock:
-                if key in self._flying:
-                    self._bound[key] = (bound, future)
+        with self._lock:
+            if key in self._flying:
+                self._bound[key] = (bound, future)
         future.add_done_callback(self._report)
 
     def lose_all(self, reason: str) -> None:

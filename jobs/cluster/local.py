@@ -95,9 +95,12 @@ class LocalCluster:
         return self._client
 
     def replicas(self) -> list[ReplicaState]:
+        from jobs.cluster.dask_units import addresses_of
         from jobs.cluster.dask_units import replica_states
 
-        states = replica_states(self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"])
+        workers = self._client.sync(self._client.scheduler.identity, n_workers=-1)["workers"]
+        self._units.allow(addresses_of(workers))
+        states = replica_states(workers)
         if not states:
             self._supervisor.raise_if_hopeless()
             if self._supervisor.ended:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import pytest
 
 from jobs.accept import accept
 from jobs.accept import store
+from jobs.cluster.cluster import Result
 from jobs.cluster.local import LocalCluster
 from jobs.driver import Driver
 from jobs.driver import Progress
@@ -40,6 +42,7 @@ from pipeline.model import resolve_model
 from pipeline.profile import cut_machine
 from pipeline.worker import WorkerConfig
 from schemas import layout
+from schemas.errors import ReplicaLost
 from schemas.job import parse_job
 from schemas.manifest import META_REPORT
 from schemas.manifest import UnitReport
@@ -62,6 +65,13 @@ def reports(job: Job) -> list[UnitReport]:
 
 def segments(job: Job, suffix: str) -> list[Path]:
     return sorted((job.out / layout.SEGMENTS).rglob(f"*{suffix}"))
+
+
+def wait_until(there: Callable[[], Any], what: str, *, patience_s: float = 60.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not there():
+        assert time.monotonic() < deadline, f"no sign of {what}"
+        time.sleep(0.05)
 
 
 def busy(job: Job) -> Callable[[], bool]:
@@ -227,6 +237,43 @@ def test_an_engine_core_in_a_process_of_its_own_does_not_outlive_a_killed_worker
             os.killpg(worker.pid, signal.SIGKILL)
         assert worker.stdin is not None
         worker.stdin.close()
+
+
+def test_a_unit_that_is_sent_when_its_replica_has_just_died_comes_back(
+    tiny_model: Path, tmp_path: Path, write_table: Callable[..., Path]
+) -> None:
+    """At a moment without workers Dask would keep it for ever, and the job would hang with the unit in flight."""
+    write_table([{"id": row, "prompt": f"question {row}"} for row in range(8)])
+    data = {
+        "model": str(tiny_model),
+        "input": {"uri": str(tmp_path / "in" / "*.parquet"), "prompt": "prompt"},
+        "output": {"uri": str(tmp_path / "out")},
+        "engine": {"kind": "simulated", "options": {"decode_tokens_per_s": 1e5, "prefill_tokens_per_s": 1e6}},
+        "cluster": {"replicas": 1},
+    }
+    accepted = store(accept(parse_job(data)))
+    plan = cut_machine(accepted.job.engine, accepted.model, replicas=1)
+    cluster = LocalCluster(plan=plan, model=accepted.model, kind="simulated", units_at_once=2, silence_s=15)
+    answers: queue.SimpleQueue[Result] = queue.SimpleQueue()
+
+    def send() -> None:
+        cluster.submit(accepted.out_uri, accepted.record.fingerprint, accepted.todo[0], 1, answers.put, on="local-0")
+
+    try:
+        wait_until(cluster.replicas, "a replica")
+        (worker,) = [child for child in psutil.Process().children() if "pipeline.worker" in child.cmdline()]
+        worker.kill()
+        identity = cluster.client.scheduler.identity
+        wait_until(lambda: not cluster.client.sync(identity)["workers"], "the scheduler to see that its worker is gone")
+        send()
+        wait_until(cluster.replicas, "the replica to be there again")
+        assert isinstance(answers.get(timeout=20), ReplicaLost)
+        send()
+        answer = answers.get(timeout=20)
+        assert isinstance(answer, dict), answer
+        assert answer["outcome"] == "created"
+    finally:
+        cluster.close(at_once=True)
 
 
 @pytest.mark.engine
