@@ -7,6 +7,7 @@ on a machine that stays, not on a spot node. Hears of units only as opaque tasks
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import resource
 import signal
@@ -139,6 +140,7 @@ def _allow_many_files() -> None:
 async def _serve(
     spec: SchedulerSpec, security: Any, say: Callable[[str], None], stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None
 ) -> int:
+    logging.getLogger("distributed.batched").setLevel(logging.WARNING)  # at INFO it logs a traceback of every worker that is lost
     scheduler = await _start(spec, security)
     try:
         mine = await asyncio.to_thread(_publish, spec, scheduler.address)
