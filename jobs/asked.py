@@ -69,6 +69,16 @@ class PartReader:
             return None
         return b"".join(keys), rows
 
+    def engine(self, units: Sequence[WorkUnit]) -> dict[str, Any] | None:
+        """What generated the first of these parts that is whole; None where none is."""
+        for unit in units:
+            try:
+                with open_parquet(storage.join(self._out_uri, unit.part_name(self._record.fingerprint))) as parquet:
+                    return _engines((parquet.metadata.metadata or {})[META_PROVENANCE])[0]
+            except (FileNotFoundError, pa.ArrowException, KeyError, ValueError):
+                continue
+        return None
+
     def _renderer(self, max_model_len: int) -> Renderer:
         with self._lock:
             if max_model_len not in self._renderers:

@@ -49,19 +49,21 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
-    """Of the whole table."""
+    """Of all rows that are generated."""
 
     prompt: Mean
     output: Mean
 
 
 def tokens_of(lengths: Lengths) -> Tokens:
-    return Tokens(prompt=_times(lengths.prompt, lengths.rows), output=_times(lengths.output, lengths.rows))
+    rows = lengths.generated
+    return Tokens(prompt=_product(lengths.prompt, rows), output=_product(lengths.output, rows))
 
 
 def offers(lengths: Lengths, shape: Shape, sizes: Sequence[Profile], *, nodes: Sequence[int] = NODE_COUNTS) -> list[Offer]:
     """Every size that holds the model and every number of nodes, by the roofline. The checkpoint runs in its own precision."""
     slower, faster = backtest().ratio_interval(_INTERVAL)
+    output = tokens_of(lengths).output
     found = []
     for profile in sizes:
         made = _replica(lengths, shape, profile)
@@ -73,9 +75,9 @@ def offers(lengths: Lengths, shape: Shape, sizes: Sequence[Profile], *, nodes: S
         for count in nodes:
             replicas = per_node * count
             total = rate * replicas
-            mean = _hours(lengths.rows * lengths.output.value / total, lengths, rate, batch)
-            low = _hours(lengths.rows * lengths.output.low / (total * faster), lengths, rate * faster, batch)
-            high = _hours(lengths.rows * lengths.output.high / (total * slower), lengths, rate * slower, batch)
+            mean = _hours(output.value / total, lengths, rate, batch)
+            low = _hours(output.low / (total * faster), lengths, rate * faster, batch)
+            high = _hours(output.high / (total * slower), lengths, rate * slower, batch)
             hours = Mean(value=mean, low=low, high=high)
             price = profile.node.price.usd_per_hour if profile.node.price else None
             found.append(
@@ -98,16 +100,17 @@ def offers(lengths: Lengths, shape: Shape, sizes: Sequence[Profile], *, nodes: S
 
 def offer_here(lengths: Lengths, canary: Canary, *, profile: str, usd_per_hour: float | None) -> Offer:
     """On this machine, by what the canary's steps cost."""
-    rows = lengths.rows / canary.replicas
+    generated = lengths.generated
 
-    def hours(output_tokens: float, factor: float) -> float:
+    def hours(rows: float, output_tokens: float, factor: float) -> float:
+        rows /= canary.replicas
         work_s = canary.cost.seconds(rows=rows, prompt_tokens=lengths.prompt.value, output_tokens=output_tokens, batch=canary.max_num_seqs)
         return (canary.start_s + factor * work_s) / 3600
 
     when = Mean(
-        value=hours(lengths.output.value, 1.0),
-        low=hours(lengths.output.low, 1 - _CANARY_SPREAD),
-        high=hours(lengths.output.high, 1 + _CANARY_SPREAD),
+        value=hours(generated.value, lengths.output.value, 1.0),
+        low=hours(generated.low, lengths.output.low, 1 - _CANARY_SPREAD),
+        high=hours(generated.high, lengths.output.high, 1 + _CANARY_SPREAD),
     )
     return Offer(
         profile=profile,
@@ -116,8 +119,8 @@ def offer_here(lengths: Lengths, canary: Canary, *, profile: str, usd_per_hour: 
         precision=None,
         replicas=canary.replicas,
         devices_per_replica=1,
-        batch=min(canary.max_num_seqs, rows),
-        output_tokens_per_s=lengths.rows * lengths.output.value / (when.value * 3600 - canary.start_s),
+        batch=min(canary.max_num_seqs, generated.value / canary.replicas),
+        output_tokens_per_s=generated.value * lengths.output.value / (when.value * 3600 - canary.start_s),
         hours=when,
         usd=_times(when, usd_per_hour) if usd_per_hour else None,
         basis="canary",
@@ -159,6 +162,11 @@ def _hours(work_s: float, lengths: Lengths, rate: float, batch: float) -> float:
     """Start, work, and a tail: the last rows' life, in a batch that empties."""
     tail_s = lengths.output.value * batch / rate / 2
     return (_START_S + work_s + tail_s) / 3600
+
+
+def _product(one: Mean, other: Mean) -> Mean:
+    """At least as wide as where it lies four times in five."""
+    return Mean(value=one.value * other.value, low=one.low * other.low, high=one.high * other.high)
 
 
 def _times(mean: Mean, factor: float) -> Mean:

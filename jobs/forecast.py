@@ -19,11 +19,16 @@ from jobs.estimate import offer_here
 from jobs.estimate import offers
 from jobs.estimate import quickest
 from jobs.estimate import tokens_of
+from jobs.lengths import NO_ROWS
 from jobs.lengths import SAMPLE_ROWS
 from jobs.lengths import Lengths
+from jobs.lengths import Mean
 from jobs.lengths import earlier_outputs
 from jobs.lengths import mean_of
+from jobs.lengths import share_of
 from jobs.lengths import unknown_output
+from jobs.reuse import context_of
+from jobs.reuse import find_answered
 from jobs.sample import read_sample
 from pipeline.engine.engine import Request
 from pipeline.hardware import find_profile
@@ -51,7 +56,7 @@ class Forecast:
         """For --json."""
         best = {"cheapest": cheapest(self.offers, deadline_s), "quickest": quickest(self.offers, max_usd)}
         return {
-            "lengths": asdict(self.lengths),
+            "lengths": {**asdict(self.lengths), "generated": asdict(self.lengths.generated)},
             "tokens": asdict(self.tokens),
             "offers": [asdict(offer) for offer in self.offers],
             "canary": asdict(self.canary) if self.canary else None,
@@ -72,11 +77,21 @@ def forecast(
     accepted = report.accepted
     job, model = accepted.job, accepted.model
     # Any beginning of a sample is a sample itself, so one reading serves the lengths and the canary.
-    sample = read_sample(job, model, max(SAMPLE_ROWS, canary_rows or 0), max_model_len=model.max_position_embeddings)
+    sample = read_sample(
+        job,
+        model,
+        max(SAMPLE_ROWS, canary_rows or 0),
+        max_model_len=context_of(accepted) or model.max_position_embeddings,
+        seed_base=accepted.record.fingerprint,
+    )
     if not sample:
         raise JobError("input: no row of a sample can be asked; `tokenmill run` would write each with its error")
-    prompts = [len(request.token_ids) for request in sample[:SAMPLE_ROWS]]
-    canary = _canary(report, sample[:canary_rows], say) if canary_rows else None
+    answered = find_answered(accepted, report.earlier, sample, say)
+    left = [request for request, known in zip(sample, answered, strict=True) if not known]
+    taken = [request for request, known in zip(sample, answered, strict=True) if known]
+    prompts = [len(request.token_ids) for request in (left or taken)[:SAMPLE_ROWS]]
+    # Where too few are left for a canary, rows that a run would take over make it up.
+    canary = _canary(report, [*left, *taken][:canary_rows], say) if canary_rows else None
     if canary is not None:
         output, basis = mean_of(canary.output_lengths), "canary"
     elif history:
@@ -85,7 +100,8 @@ def forecast(
         output, basis = unknown_output(job.sampling.max_tokens * job.sampling.n), "max_tokens"
     lengths = Lengths(
         rows=accepted.plan.num_rows,
-        sampled=len(prompts),
+        reused=_reused(share_of(len(taken), len(sample)), accepted.plan.num_rows) if report.earlier else NO_ROWS,
+        sampled=len(sample[:SAMPLE_ROWS]),
         prompt=mean_of(prompts),
         output=output,
         basis=basis,  # type: ignore[arg-type]
@@ -100,6 +116,10 @@ def forecast(
     return Forecast(
         lengths=lengths, tokens=tokens_of(lengths), offers=tuple(found), canary=canary, remarks=tuple(_remarks(found, len(sizes), nodes))
     )
+
+
+def _reused(share: Mean, rows: int) -> Mean:
+    return Mean(value=share.value * rows, low=share.low * rows, high=share.high * rows)
 
 
 def node_counts(text: str) -> tuple[int, ...]:

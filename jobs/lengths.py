@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from schemas.errors import JobError
 
 SAMPLE_ROWS = 512
 _INTERVAL = 0.8
+_Z = statistics.NormalDist().inv_cdf((1 + _INTERVAL) / 2)
 _DRAWS = 400
 _MOST_PARTS = 16
 _UNKNOWN_LOW, _UNKNOWN_MEAN = 0.25, 0.75
@@ -29,18 +31,29 @@ class Mean:
     high: float
 
 
+NO_ROWS = Mean(value=0.0, low=0.0, high=0.0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Of one row of a table, in tokens."""
+    """Of one row that is generated, in tokens, and how many those are."""
 
     rows: int
     """Of the table."""
+    reused: Mean = NO_ROWS
+    """Rows of the table that are copied from earlier outputs, and not generated."""
     sampled: int
     """Rows that were read and tokenised; those that cannot be asked are among the table's, and not among these."""
     prompt: Mean
     output: Mean
     basis: Literal["max_tokens", "history", "canary"]
     """Where the output's comes from."""
+
+    @property
+    def generated(self) -> Mean:
+        """Rows of the table that are left to engines: one at least, since a sample that is answered whole proves not that all are."""
+        reused = self.reused
+        return Mean(value=max(1.0, self.rows - reused.value), low=max(1.0, self.rows - reused.high), high=max(1.0, self.rows - reused.low))
 
 
 def mean_of(values: Sequence[float], *, seed: int = 0) -> Mean:
@@ -51,6 +64,13 @@ def mean_of(values: Sequence[float], *, seed: int = 0) -> Mean:
     means = sorted(statistics.fmean(chance.choices(values, k=len(values))) for _ in range(_DRAWS))
     cut = round(_DRAWS * (1 - _INTERVAL) / 2)
     return Mean(value=statistics.fmean(values), low=means[cut], high=means[-1 - cut])
+
+
+def share_of(count: int, sampled: int) -> Mean:
+    """Of a table, of which so many of the sampled rows are; Wilson's interval, which is one at 0 and 1 too."""
+    center = (count + _Z**2 / 2) / (sampled + _Z**2)
+    half = _Z / (sampled + _Z**2) * math.sqrt(count * (sampled - count) / sampled + _Z**2 / 4)
+    return Mean(value=count / sampled, low=max(0.0, center - half), high=min(1.0, center + half))
 
 
 def unknown_output(max_tokens: int) -> Mean:

@@ -54,8 +54,8 @@ def submit(job: Any = None, /, **fields: Any) -> Job:
 
     `job` is a JobSpec, the path of a job file, a URI or glob of Parquet, or a table: pyarrow, pandas, polars, or a dask dataframe, which
     is stored below the output under a name made of its content, so that the same call again goes on where it stopped. Fields as
-    on the command line: model="demo", prompt="question", output="out/", max_tokens=128; or sections of the job file as mappings:
-    sampling={"top_p": 0.9}. Raises JobError where the job is wrong.
+    on the command line: model="demo", prompt="question", output="out/", max_tokens=128, reuse="out-of-last-week/" or a list of such;
+    or sections of the job file as mappings: sampling={"top_p": 0.9}. Raises JobError where the job is wrong.
     """
     spec = make_job(job, fields)
     storage.use(spec.storage)
@@ -98,13 +98,21 @@ def _put_all(data: dict[str, Any], fields: dict[str, Any]) -> None:
         inner = data
         for parent in parents:
             inner = inner.setdefault(parent, {})
-        inner[last] = str(value) if isinstance(value, Path) else value
+        inner[last] = _listed(value) if key == "reuse" else str(value) if isinstance(value, Path) else value
+
+
+def _listed(value: Any) -> Any:
+    """One earlier output, or several; what is neither is left for the job's own check."""
+    many = [value] if isinstance(value, str | Path) else value
+    return [str(one) if isinstance(one, Path) else one for one in many] if isinstance(many, list | tuple) else many
 
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     uri = data["input"]["uri"]
     data["input"]["uri"] = storage.absolute(uri) if isinstance(uri, str) else [storage.absolute(each) for each in uri]
     data["output"]["uri"] = storage.absolute(data["output"]["uri"])
+    if "reuse" in data:
+        data["reuse"] = [storage.absolute(each) for each in data["reuse"]]
     if data["model"] != DEMO_MODEL and Path(data["model"]).exists():
         data["model"] = str(Path(data["model"]).resolve())
     return data

@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ from pipeline import storage
 from pipeline.answered import Source
 from pipeline.answered import merge
 from pipeline.answered import read_index
+from pipeline.answerer import KEY_BYTES
+from pipeline.answerer import Answerer
+from pipeline.engine.engine import Request
 from schemas import layout
 from schemas.errors import JobError
 from schemas.record import JobRecord
@@ -92,11 +98,11 @@ def why_nothing(mine: JobRecord, theirs: JobRecord) -> list[str]:
 
 def index_earlier(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> Accepted:
     """The job with an index of what was answered; made here, or found in the output, where a run that was stopped has left it."""
-    useful = [one for one in earlier if one.units and not _lacks_columns(accepted, one, say)]
+    useful = _useful(accepted, earlier, say)
     if not useful:
         return accepted
     began = time.monotonic()
-    name = f"{layout.REUSE}/{_digest(useful)}.parquet"
+    name = _index_name(useful)
     uri = storage.join(accepted.out_uri, name)
     index = read_index(uri)
     how = "indexed by an earlier run"
@@ -107,6 +113,26 @@ def index_earlier(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> A
         how = f"indexed in {time.monotonic() - began:.1f} s"
     say(f"reuse: {len(index):,} requests are answered there; {how}")
     return replace(accepted, index=name)
+
+
+def find_answered(accepted: Accepted, earlier: Sequence[Earlier], requests: Sequence[Request], say: Say) -> list[bool]:
+    """Whether a run would take each request's answer over. Reads what a run reads for its index, and stores nothing."""
+    useful = _useful(accepted, earlier, say) if requests else []
+    if not useful:
+        return [False] * len(requests)
+    from jobs.asked import PartReader
+
+    wanted = [
+        _by_key(Answerer(accepted.record.decides, _engine_here(accepted, engine)), requests) if engine else {}
+        for engine in (PartReader(one.out_uri, one.record, accepted.model).engine(one.units) for one in useful)
+    ]
+    index = read_index(storage.join(accepted.out_uri, _index_name(useful)))
+    if index is not None:
+        say("reuse: looking up sampled rows in the index that an earlier run has left")
+        known = ([key for key, place in zip(keys, index.find([*keys]), strict=True) if place is not None] for keys in wanted)
+        return _found(len(requests), zip(wanted, known, strict=True))
+    say(f"reuse: looking for sampled rows among {sum(one.rows for one in useful):,} committed rows of {len(useful)} earlier outputs")
+    return _found(len(requests), ((wanted[number], _split(joined)) for number, _, joined, _ in _keys(accepted, useful, say)))
 
 
 def _engine_options(record: JobRecord) -> dict[str, Any]:
@@ -133,6 +159,52 @@ def _seed(record: JobRecord) -> Any:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text[:8] if len(text) == 64 else text[:80]  # a digest
+
+
+def context_of(accepted: Accepted) -> int | None:
+    """Tokens that a prompt and its completion may have; None where the nodes of a cluster decide."""
+    if accepted.cut is None:
+        return None
+    return int(accepted.cut.options.get("max_model_len", accepted.model.max_position_embeddings))
+
+
+def _useful(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> list[Earlier]:
+    return [one for one in earlier if one.units and not _lacks_columns(accepted, one, say)]
+
+
+def _index_name(useful: Sequence[Earlier]) -> str:
+    return f"{layout.REUSE}/{_digest(useful)}.parquet"
+
+
+def _engine_here(accepted: Accepted, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What this job's rows will meet, as far as that is known before it is up; for the rest what the earlier rows have met."""
+    known = _engine_options(accepted.record)
+    dtype, kv = (known.get(name) or "auto" for name in NUMERICS)
+    length = context_of(accepted) or theirs["max_model_len"]
+    options = theirs["options"] if kv == "auto" else {**theirs["options"], "kv_cache_dtype": kv}
+    return {**theirs, "dtype": theirs["dtype"] if dtype == "auto" else dtype, "max_model_len": length, "options": options}
+
+
+def _by_key(answerer: Answerer, requests: Sequence[Request]) -> dict[bytes, list[int]]:
+    """Numbers of the requests with each key."""
+    numbers: defaultdict[bytes, list[int]] = defaultdict(list)
+    for number, request in enumerate(requests):
+        numbers[answerer.key(request)].append(number)
+    return dict(numbers)
+
+
+def _found(count: int, answered: Iterable[tuple[Mapping[bytes, Sequence[int]], Iterable[bytes]]]) -> list[bool]:
+    """Of so many requests: those whose key, as that output would have it, is among its answers. Stops where all are."""
+    found: set[int] = set()
+    for wanted, keys in answered:
+        found.update(number for key in wanted.keys() & set(keys) for number in wanted[key])
+        if len(found) == count:
+            break
+    return [number in found for number in range(count)]
+
+
+def _split(joined: bytes) -> list[bytes]:
+    return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
 
 
 def _lacks_columns(accepted: Accepted, one: Earlier, say: Say) -> bool:

@@ -27,11 +27,14 @@ _WARM_TOKENS = 4
 Item = TypeVar("Item")
 
 
-def read_sample(job: JobSpec, model: Model, rows: int, *, max_model_len: int) -> list[Request]:
-    """Rows from all over the table, rendered as a run would; those that cannot be asked are left out. The same for the same table."""
+def read_sample(job: JobSpec, model: Model, rows: int, *, max_model_len: int, seed_base: str = "tune") -> list[Request]:
+    """Rows from all over the table, rendered as a run would; those that cannot be asked are left out. The same for the same table.
+
+    Drawn rows have the seeds of a run where `seed_base` is the job's fingerprint.
+    """
     plan, schema = make_plan(job)
     check_columns(schema, job.input)
-    renderer = Renderer(load_tokenizer(model.path), job, max_model_len=max_model_len, seed_base="tune")
+    renderer = Renderer(load_tokenizer(model.path), job, max_model_len=max_model_len, seed_base=seed_base)
     requests: list[Request] = []
     units = _evenly(plan.units, _MAX_UNITS)
     for unit in units:

@@ -12,6 +12,7 @@ from jobs.cli.group import FLAGS
 from jobs.cli.group import build_job
 from jobs.cli.group import job_options
 from jobs.cli.group import main
+from jobs.cli.group import reuse_option
 from jobs.cli.group import storage_option
 from schemas.job import JobSpec
 
@@ -27,7 +28,8 @@ def read_job(job_file: str, settings: tuple[str, ...]) -> JobSpec:
 @job_options
 @click.option("--wait", is_flag=True, help="Follow the job to its end; exit with its code.")
 @click.option("--dry-run", is_flag=True, help="Print what would be stored and sent, as JSON; send nothing.")
-def submit(job_file: str | None, wait: bool, dry_run: bool, **flags: Any) -> None:
+@reuse_option
+def submit(job_file: str | None, wait: bool, dry_run: bool, reuse: tuple[str, ...], **flags: Any) -> None:
     """Put a job with cluster.kind azure-batch onto Azure Batch, and return. Submit it again to go on after a stop.
 
     \b
@@ -42,7 +44,7 @@ def submit(job_file: str | None, wait: bool, dry_run: bool, **flags: Any) -> Non
     from jobs.submission import requests_of
     from jobs.submission import submit as submit_job
 
-    job = build_job(job_file, flags)
+    job = build_job(job_file, flags, more={"reuse": list(reuse)} if reuse else None)
     check_kind(job)
     if dry_run:
         click.echo(json.dumps(requests_of(job, time.time()), indent=1))

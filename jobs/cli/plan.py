@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 from typing import Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jobs.backtest import Backtest
     from jobs.estimate import Offer
     from jobs.forecast import Forecast
+    from jobs.lengths import Lengths
 
 
 @main.command()
@@ -85,6 +87,8 @@ def plan(
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             click.echo(f"{key.replace('_', ' '):16} {shown}")
     if made:
+        if report.earlier:
+            click.echo(_reused(made.lengths, [one.out_uri for one in report.earlier]))
         _show_forecast(made, deadline_s, max_cost)
 
 
@@ -109,10 +113,18 @@ def _values(report: PlanReport) -> dict[str, Any]:
         "left_out": [f"{uri}: {reason}" for uri, reason in accepted.plan.skipped],
         "new_objects": list(accepted.new_objects),
         "changed_objects": list(accepted.changed_objects),
-        "reuse": [f"{one.out_uri}: {one.rows:,} committed rows (estimates are without them)" for one in report.earlier],
+        "reuse": [f"{one.out_uri}: {one.rows:,} committed rows" for one in report.earlier],
         "output": accepted.out_uri,
         "columns": accepted.record.input_schema.names,
     }
+
+
+def _reused(lengths: Lengths, outputs: Sequence[str]) -> str:
+    reused = lengths.reused
+    return (
+        f"of {lengths.rows:,} rows about {_count(reused.value)} ({_count(reused.low)} to {_count(reused.high)}) are copied from "
+        f"{', '.join(outputs)}; what follows is of the others"
+    )
 
 
 def _show_forecast(made: Forecast, deadline_s: float | None, max_usd: float | None) -> None:

@@ -111,6 +111,17 @@ def test_dry_run_prints_the_requests_and_sends_nothing(tmp_path: Path) -> None:
     assert [list(said), len(said["sent_by_submit"]), len(said["sent_by_driver"])] == [["stored", "sent_by_submit", "sent_by_driver"], 1, 3]
 
 
+def test_submit_stores_the_earlier_outputs_that_its_flags_name(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(batch_job()))
+    done = CliRunner().invoke(main, ["submit", str(path), "--dry-run", "--reuse", "az://results/last", "--reuse", "az://results/older"])
+    assert done.exit_code == 0, done.output
+    ((_, stored),) = json.loads(done.stdout)["stored"].items()
+    assert stored["reuse"] == ["az://results/last", "az://results/older"]
+    refused = CliRunner().invoke(main, ["submit", str(path), "--dry-run", "--reuse", "last"])  # no node reaches it
+    assert (refused.exit_code, "reuse" in refused.output) == (2, True)
+
+
 def test_the_wrong_kind_is_refused_with_the_right_command(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("model: m\ninput: {uri: a, prompt: b}\noutput: {uri: c}\n")

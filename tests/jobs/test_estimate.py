@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from jobs.lengths import Lengths
 from jobs.lengths import Mean
 from jobs.lengths import earlier_outputs
 from jobs.lengths import mean_of
+from jobs.lengths import share_of
 from jobs.lengths import unknown_output
 from pipeline.hardware import known_sizes
 from pipeline.shape import known_shape
@@ -64,6 +66,32 @@ def test_without_any_knowledge_max_tokens_is_the_top() -> None:
 
 def test_tokens_are_of_the_whole_table() -> None:
     assert tokens_of(LENGTHS).output == Mean(value=2e8, low=1.8e8, high=2.2e8)
+
+
+def test_a_share_has_an_interval_also_where_all_or_none_of_a_sample_are() -> None:
+    assert share_of(0, 512) == Mean(value=0, low=0, high=pytest.approx(0.0032, abs=1e-4))
+    assert share_of(512, 512) == Mean(value=1, low=pytest.approx(0.9968, abs=1e-4), high=1)
+    half = share_of(256, 512)
+    assert (half.value, half.low, half.high) == (0.5, pytest.approx(0.472, abs=1e-3), pytest.approx(0.528, abs=1e-3))
+
+
+def test_rows_that_are_copied_cost_no_tokens_and_no_hours() -> None:
+    some = replace(LENGTHS, reused=Mean(value=900_000, low=880_000, high=910_000))
+    assert some.generated == Mean(value=100_000, low=90_000, high=120_000)
+    assert tokens_of(some).output == Mean(value=2e7, low=90_000 * 180, high=120_000 * 220)
+    (whole,), (less,) = (offers(lengths, known_shape("llama-3.1-8b"), known_sizes()[:1], nodes=(1,)) for lengths in (LENGTHS, some))
+    assert less.output_tokens_per_s == whole.output_tokens_per_s
+    work = (whole.hours.value - less.hours.value) * 3600 * whole.output_tokens_per_s
+    assert work == pytest.approx(0.9 * 2e8)  # start and tail are the same
+
+
+def test_a_sample_that_is_answered_whole_leaves_a_row() -> None:
+    everything = replace(LENGTHS, reused=Mean(value=1_000_000, low=996_800, high=1_000_000))
+    assert everything.generated == Mean(value=1, low=1, high=3_200)
+    cost = StepCost(per_step=0.01, per_output_token=0.001, per_prompt_token=0.0001)
+    canary = Canary(output_lengths=(200,), cost=cost, replicas=2, max_num_seqs=100, start_s=20, output_tokens_per_s=1)
+    here = offer_here(everything, canary, profile="local-cpu", usd_per_hour=None)
+    assert 20 < here.hours.value * 3600 < 40
 
 
 def test_every_size_that_holds_the_model_is_offered_for_every_number_of_nodes() -> None:

@@ -59,6 +59,17 @@ def test_paths_are_absolute_since_the_process_may_be_elsewhere(
     assert (spec.output.uri, spec.input.uris, spec.model) == (str(tmp_path / "out"), [str(tmp_path / "in.parquet")], "demo")
 
 
+def test_earlier_outputs_are_one_or_several_and_found_from_elsewhere_too(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = str(tmp_path / "old")
+    assert [make_job("in.parquet", {**fields, "reuse": given}).reuse for given in ("old", Path("old"))] == [[old], [old]]
+    assert make_job("in.parquet", {**fields, "reuse": ("old", Path("older"))}).reuse == [old, str(tmp_path / "older")]
+    with pytest.raises(JobError, match="reuse"):
+        make_job("in.parquet", {**fields, "reuse": 3})
+
+
 @pytest.mark.parametrize(
     ("job", "more", "message"),
     [

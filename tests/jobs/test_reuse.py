@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from jobs.api import plan
 from jobs.api import run
 from jobs.cli import main
+from jobs.forecast import forecast
 from jobs.summary import RunResult
 from jobs.verify import verify
 from schemas import layout
@@ -292,6 +293,77 @@ def test_more_units_are_sent_where_engines_see_few_of_their_rows() -> None:
     assert engine_rows(100, Totals(rows=50, reused_rows=10)) == 80
     assert engine_rows(100, Totals(rows=50, reused_rows=50)) == 13  # not nothing: it may be over with what is known
     assert engine_rows(0, Totals()) == 0
+
+
+def estimated(job: JobSpec) -> tuple[Any, list[str]]:
+    """Lengths of the plan's estimate, and what was said."""
+    said: list[str] = []
+    return forecast(plan(job), nodes=(1,), say=said.append).lengths, said
+
+
+def test_an_estimate_is_of_the_rows_that_no_earlier_output_answers(place: Place) -> None:
+    place.run("old", rows())
+    long = [{"id": row, "prompt": f"question {row}" + (" and more of it" * 3 if row in _EDITED else "")} for row in range(_ROWS)]
+    job = place.job("new", long, reuse=[str(place.out("old"))])
+    found, _ = estimated(job)
+    plain, _ = estimated(place.job("plain", long))
+    assert (found.rows, found.sampled, found.reused.value) == (_ROWS, _ROWS, _ROWS - len(_EDITED))
+    assert found.generated.low < len(_EDITED) == found.generated.value < found.generated.high
+    assert found.prompt.low > plain.prompt.high  # only the edited rows, which are the long ones
+    assert (plain.reused.value, plain.generated.value) == (0, _ROWS)
+    assert not place.out("new").exists()
+
+
+def test_an_estimate_knows_the_seeds_that_drawn_rows_will_have(place: Place) -> None:
+    drawn = {"temperature": 0.8, "seed": 11}
+    place.run("old", rows(), sampling=drawn)
+    kept, _ = estimated(place.job("new", rows(_EDITED), sampling=drawn, reuse=[str(place.out("old"))]))
+    assert kept.reused.value == _ROWS - len(_EDITED)
+    # One row more at the front: every other row stands elsewhere, and draws by another seed.
+    moved, _ = estimated(place.job("moved", [{"id": -1, "prompt": "first"}, *rows()], sampling=drawn, reuse=[str(place.out("old"))]))
+    assert moved.reused.value == 0
+
+
+def test_an_estimate_for_nodes_elsewhere_takes_their_engines_for_the_earlier_ones(place: Place) -> None:
+    place.run("old", rows())
+    cluster = {"kind": "address", "address": "tls://nowhere:8786", "keys": "keys"}
+    found, _ = estimated(place.job("new", rows(_EDITED), cluster=cluster, reuse=[str(place.out("old"))]))
+    assert found.reused.value == _ROWS - len(_EDITED)
+
+
+def test_an_estimate_counts_no_output_without_a_wanted_column_and_no_lost_part(place: Place) -> None:
+    place.run("old", rows())
+    without, said = estimated(place.job("new", rows(), output={"token_ids": True}, reuse=[str(place.out("old"))]))
+    assert (without.reused.value, "keeps no token ids" in said[0]) == (0, True)
+    damaged = sorted(place.out("old").glob("part-*.parquet"))[0]
+    num_rows = pq.read_metadata(damaged).num_rows
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    found, _ = estimated(place.job("other", rows(), reuse=[str(place.out("old"))]))
+    assert found.reused.value == _ROWS - num_rows
+
+
+def test_an_estimate_takes_the_index_that_an_earlier_run_left(place: Place) -> None:
+    place.run("old", rows())
+    job = place.job("new", rows(_EDITED), reuse=[str(place.out("old"))])
+    run(job, stream=io.StringIO())
+    sorted(place.out("new").glob("part-*.parquet"))[0].unlink()
+    found, said = estimated(job)
+    assert (found.reused.value, "index that an earlier run has left" in said[0]) == (_ROWS - len(_EDITED), True)
+
+
+def test_plan_says_how_many_rows_are_copied_also_as_json(place: Place, tmp_path: Path) -> None:
+    place.run("old", rows())
+    job = place.job("new", rows(_EDITED), reuse=[str(place.out("old"))])
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job.model_dump(mode="json", by_alias=True, exclude_defaults=True)))
+    shown = CliRunner().invoke(main, ["plan", str(file), "--nodes", "1"])
+    assert f"of {_ROWS} rows about {_ROWS - len(_EDITED)} (" in shown.output
+    assert f"are copied from {place.out('old')}" in shown.output
+    lengths = json.loads(CliRunner().invoke(main, ["plan", str(file), "--json"]).stdout)["estimate"]["lengths"]
+    assert (lengths["reused"]["value"], lengths["generated"]["value"]) == (_ROWS - len(_EDITED), len(_EDITED))
+    job = place.job("own", rows(_EDITED))
+    file.write_text(json.dumps(job.model_dump(mode="json", by_alias=True, exclude_defaults=True)))
+    assert "copied" not in CliRunner().invoke(main, ["plan", str(file), "--nodes", "1"]).output
 
 
 def test_plan_and_run_take_the_flag(place: Place, tiny_model: Path) -> None:
