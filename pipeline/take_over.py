@@ -25,10 +25,8 @@ from pipeline.answered import Source
 from pipeline.answerer import Answerer
 from pipeline.clock import Clock
 from pipeline.commit import concat
-from pipeline.commit import read_report
 from pipeline.engine.engine import Request
 from pipeline.prompts import read_prompts
-from pipeline.read import open_parquet
 from pipeline.read import read_unit
 from pipeline.segments import History
 from pipeline.segments import added_schema
@@ -37,9 +35,7 @@ from schemas.completions import ADDED
 from schemas.completions import COMPLETION_TOKENS
 from schemas.completions import ERROR
 from schemas.completions import PROMPT_TOKENS
-from schemas.errors import ForeignOutput
 from schemas.unit import WorkUnit
-from schemas.unit import part_name
 
 _PROMPT_TOKENS, _COMPLETION_TOKENS, _ERROR = ADDED.index(PROMPT_TOKENS), ADDED.index(COMPLETION_TOKENS), ADDED.index(ERROR)
 _BATCH_ROWS = 512
@@ -105,10 +101,10 @@ def _taken(wanted: Mapping[Place, Sequence[_Wanted]], index: Answered, tools: To
         by_part[place.source, place.unit].append(place)
     schema = added_schema(tools.job)
     sources = [index.sources[source] for source, _ in by_part]
+    places = [[place.row for place in group] for group in by_part.values()]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="earlier") as pool:
         read = pool.map(
-            read_rows, sources, [unit for _, unit in by_part], [[place.row for place in group] for group in by_part.values()],
-            repeat(tools.job.output.prefix), repeat(schema),
+            tools.earlier_parts.read, sources, [unit for _, unit in by_part], places, repeat(tools.job.output.prefix), repeat(schema)
         )  # fmt: skip
         parts = list(read)
     positions: list[int] = []
@@ -136,29 +132,3 @@ def _taken(wanted: Mapping[Place, Sequence[_Wanted]], index: Answered, tools: To
         tokens=int(pc.sum(rows.column(_COMPLETION_TOKENS)).as_py() or 0),
         sources=tuple({"output": source.uri, "fingerprint": source.fingerprint, "rows": count} for source, count in counts.items()),
     )
-
-
-def read_rows(source: Source, unit: int, rows: Sequence[int], prefix: str, schema: pa.Schema) -> pa.RecordBatch | None:
-    """The added columns of a part's rows, named with `prefix` and in this schema; None where that part is not there or not it.
-
-    Raises OSError where the store fails.
-    """
-    uri = storage.join(source.uri, part_name(unit, source.fingerprint))
-    names = [source.prefix + name.removeprefix(prefix) for name in schema.names]
-    try:
-        report = read_report(uri)
-        if (report.unit, report.fingerprint) != (unit, source.fingerprint) or rows[-1] >= report.rows:
-            return None
-        with open_parquet(uri) as parquet:
-            batches, first = [pa.RecordBatch.from_pylist([], schema=schema)], 0
-            for group in range(parquet.num_row_groups):
-                stop = first + parquet.metadata.row_group(group).num_rows
-                inside = [row - first for row in rows if first <= row < stop]
-                if inside:
-                    table = parquet.read_row_group(group, columns=names, use_threads=False).select(names).take(inside)
-                    table = table.replace_schema_metadata(None).rename_columns(schema.names).cast(schema)
-                    batches += table.combine_chunks().to_batches()
-                first = stop
-        return concat(*batches)
-    except (FileNotFoundError, ForeignOutput, pa.ArrowException, KeyError):
-        return None

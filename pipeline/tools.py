@@ -7,6 +7,7 @@ from dataclasses import field
 from typing import Any
 
 from pipeline.answered import Indexes
+from pipeline.earlier_parts import EarlierParts
 from pipeline.engine.engine import Engine
 from pipeline.feed import Feed
 from pipeline.render import Renderer
@@ -28,3 +29,5 @@ class Tools:
     provenance: dict[str, Any]
     indexes: Indexes = field(default_factory=Indexes)
     """Of what earlier outputs have answered."""
+    earlier_parts: EarlierParts = field(default_factory=EarlierParts)
+    """Where those answers are."""

@@ -2,11 +2,13 @@
 
     python -m tests.bench.reuse --rows 20000 --model demo
     python -m tests.bench.reuse --rows 1000000 --index-only
+    python -m tests.bench.reuse --rows 100000 --shuffle --read-only
 
 The engine is simulated at the rates given, so what is measured is everything around it: rendering the earlier output's rows for the
 index, looking requests up, reading earlier parts, committing. Both sides run in turn, in this session, on the same table, and both
 outputs are proven and compared. An earlier output's rows are short prompts (`--words`); the index's seconds are measured at the rows
-given, and an extrapolation to a million is marked as one.
+given, and an extrapolation to a million is marked as one. With `--shuffle` the rerun's rows come in another order, so that each unit's
+answers lie in every earlier part; `--read-only` prints what looking those up and reading them costs one replica, unit after unit.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,10 @@ from jobs.reuse import find_earlier
 from jobs.reuse import index_earlier
 from jobs.summary import RunResult
 from jobs.verify import verify
+from pipeline.answered import Source
+from pipeline.earlier_parts import EarlierParts
+from pipeline.earlier_parts import read_rows
+from pipeline.segments import added_schema
 from schemas.job import JobSpec
 from schemas.job import parse_job
 
@@ -50,7 +58,8 @@ class Bench:
         edited = set(rng.permutation(options.rows)[: round(options.rows * options.edited)].tolist())
         self.num_edited = len(edited)
         self._write("old", asked)
-        self._write("new", [text + ", please" if row in edited else text for row, text in enumerate(asked)])
+        now = [text + ", please" if row in edited else text for row, text in enumerate(asked)]
+        self._write("new", [now[row] for row in rng.permutation(options.rows)] if options.shuffle else now)
 
     def job(self, table: str, name: str, **sections: Any) -> JobSpec:
         data = {
@@ -88,6 +97,19 @@ class Bench:
         index_earlier(accepted, earlier, lambda _: None)
         return sum(one.rows for one in earlier), time.monotonic() - began
 
+    def scattered(self) -> tuple[list[list[tuple[Source, int, list[int]]]], JobSpec]:
+        """What each of as many units as the earlier output has asks its parts for, where rows come in another order; and the job."""
+        (earlier,) = find_earlier(accept(self.job("new", "scattered", reuse=[str(self.folder / "old")])))
+        places = [(unit.index, row) for unit in earlier.units for row in range(unit.num_rows)]
+        order = np.array_split(np.random.default_rng(3).permutation(len(places)), len(earlier.units))
+        asked = []
+        for numbers in order:
+            of_unit: defaultdict[int, list[int]] = defaultdict(list)
+            for unit, row in sorted(places[number] for number in numbers.tolist()):
+                of_unit[unit].append(row)
+            asked.append([(earlier.source, unit, rows) for unit, rows in of_unit.items()])
+        return asked, earlier.record.spec
+
     def _write(self, name: str, asked: Sequence[str]) -> None:
         (self.folder / f"in-{name}").mkdir()
         table = pa.table({"id": np.arange(len(asked)), "prompt": list(asked)})
@@ -105,14 +127,20 @@ def main() -> None:
     parser.add_argument("--prefill", type=float, default=200_000.0, help="tokens/s of a replica")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--shuffle", action="store_true", help="the rerun's rows come in another order")
+    parser.add_argument("--read-only", action="store_true", help="only read answers, as the units of a shuffled table do")
     parser.add_argument("--index-only", action="store_true", help="make the earlier output with an engine that takes no time, and index it")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="tokenmill-bench-"))
     try:
         bench = Bench(options, folder)
         quick = {"kind": "simulated", "options": {"decode_tokens_per_s": 1e9, "prefill_tokens_per_s": 1e9}}
-        _, seconds = bench.run("old", "old", **({"engine": quick} if options.index_only else {}))
+        _, seconds = bench.run("old", "old", **({"engine": quick} if options.index_only or options.read_only else {}))
         print(f"earlier output: {options.rows:,} rows in {seconds:.1f} s", flush=True)
+        for _ in range(options.rounds if options.read_only else 0):
+            _read(bench)
+        if options.read_only:
+            return
         for _ in range(options.rounds):
             rows, seconds = bench.index()
             say = f"index: {rows:,} rows in {seconds:.1f} s = {rows / seconds:,.0f} rows/s"
@@ -123,6 +151,23 @@ def main() -> None:
             _compare(bench)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(bench: Bench) -> None:
+    """One replica's reading of all answers, unit after unit: each time from the store, and with parts that are asked often kept."""
+    asked, job = bench.scattered()
+    schema, prefix, found = added_schema(job), job.output.prefix, []
+    for name, read in (("each time from the store", read_rows), ("kept from the third time on", EarlierParts(bench.folder).read)):
+        began, batches = time.monotonic(), []
+        with ThreadPoolExecutor(8) as pool:
+            for unit in asked:
+                batches += list(pool.map(lambda wants, read=read: read(*wants, prefix, schema), unit))  # type: ignore[misc]
+        seconds = time.monotonic() - began
+        found.append(batches)
+        reads = sum(map(len, asked))
+        rows = sum(batch.num_rows for batch in batches)
+        print(f"{name}: {rows:,} rows for {len(asked)} units, {reads:,} looks into parts, in {seconds:.2f} s", flush=True)
+    assert found[0] == found[1]
 
 
 def _compare(bench: Bench) -> None:

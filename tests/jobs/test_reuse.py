@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,3 +379,14 @@ def test_plan_and_run_take_the_flag(place: Place, tiny_model: Path) -> None:
     done = CliRunner().invoke(main, ["run", "--json", *flags])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["this_run"]["reused_rows"] == _ROWS - len(_EDITED)
+
+
+def test_rows_in_another_order_altogether_are_taken_from_every_part_for_every_unit(place: Place) -> None:
+    ids = {"token_ids": True}
+    place.run("old", rows(), output=ids)
+    shuffled = rows(_EDITED)
+    random.Random(5).shuffle(shuffled)
+    result = place.run("new", shuffled, output=ids, reuse=[str(place.out("old"))])
+    assert place.generated(result) == len(_EDITED)
+    place.run("plain", shuffled, output=ids)
+    assert read_output(place.out("new")).equals(read_output(place.out("plain")))
