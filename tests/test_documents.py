@@ -30,7 +30,12 @@ _LINK = re.compile(r"\]\(([^)#]+)\)")
 
 def blocks(path: Path, language: str | None = None) -> list[str]:
     """The code blocks of a page, or those in one language."""
-    return [body for name, body in _FENCE.findall(path.read_text()) if language is None or name == language]
+    return [body for name, body in fences(path.read_text()) if language is None or name == language]
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """Language and body of every code block, in order."""
+    return [(name, body) for name, body in _FENCE.findall(text)]
 
 
 def command_lines(path: Path) -> list[list[str]]:
