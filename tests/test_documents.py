@@ -38,6 +38,10 @@ def fences(text: str) -> list[tuple[str, str]]:
     return [(name, body) for name, body in _FENCE.findall(text)]
 
 
+def without_fences(text: str) -> str:
+    return _FENCE.sub("", text)
+
+
 def command_lines(path: Path) -> list[list[str]]:
     """Every `tokenmill ...` of a page's code blocks, as arguments."""
     text = "\n".join(block.replace("\\\n", " ") for block in blocks(path))

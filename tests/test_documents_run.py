@@ -3,7 +3,7 @@
 Shell blocks run one command after the other with bash, in a folder that holds a small table and the page's own job file; Python blocks run
 in order, as one script; what YAML a page shows is a job file, or goes into README's. Three tables say all that is otherwise: what does
 not run here, what runs with more options than the page gives, what may end with another exit code than 0. A row of theirs that fits no
-command any more is an error.
+command any more is an error. Of commands inside sentences and tables, mostly long measurements, it is only seen that there are such.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from tests.batch_http import serving
 from tests.commands import TOKENMILL
 from tests.commands import Command
 from tests.test_documents import fences
+from tests.test_documents import parse
+from tests.test_documents import without_fences
 
 _ROOT = Path(__file__).resolve().parent.parent
 _GSM8K = _ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl"
@@ -231,8 +234,8 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
         path.mkdir(parents=True)
     (cache / "models").symlink_to(models)
     pq.write_table(pa.Table.from_pylist(_questions()), folder / "in" / "gsm8k.parquet")
-    path = f"{Path(TOKENMILL).parent}{os.pathsep}{os.environ['PATH']}"
-    yield Reader(folder=folder, environment={**os.environ, "PATH": path, "HOME": str(home), "TOKENMILL_CACHE": str(cache)})
+    programs = f"{Path(TOKENMILL).parent}{os.pathsep}{os.environ['PATH']}"
+    yield Reader(folder=folder, environment={**os.environ, "PATH": programs, "HOME": str(home), "TOKENMILL_CACHE": str(cache)})
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
@@ -359,3 +362,38 @@ def test_the_page_on_clusters_runs_on_azurite_and_the_tests_own_batch_service(
 def test_pages_without_a_test_of_their_own_have_no_command_that_runs_here(page: str) -> None:
     assert [command for command in commands_of(page) if row_of(NOT_RUN, page, command) is None] == []
     assert [language for language, _ in of_page(page) if language == "python"] == []
+
+
+# Commands inside sentences and tables.
+
+
+def in_sentences(*beginnings: str) -> list[str]:
+    """Those that begin so and have arguments, on all pages, once each."""
+    spans = [span for page in _PAGES for span in re.findall(r"`([^`\n]+)`", without_fences((_ROOT / page).read_text()))]
+    return sorted({span for span in spans if span.startswith(beginnings)})
+
+
+@pytest.mark.parametrize("command", [each for each in in_sentences("tokenmill ") if " --" in each])
+def test_a_command_in_a_sentence_is_one_of_the_real_command(command: str) -> None:
+    parse(shlex.split(command)[1:])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", in_sentences("python -m tests.", ".venv/bin/python -m tests."))
+def test_a_measurement_that_is_named_has_these_options(command: str) -> None:
+    words = shlex.split(command)
+    module = words[2]
+    said = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=_ROOT, capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert [word for word in words[3:] if word.startswith("--") and word not in said] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", in_sentences("pytest ", "TOKENMILL_PAIRS="))
+def test_tests_that_are_named_are_found(command: str) -> None:
+    words = [word for word in shlex.split(command) if "=" not in word]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--collect-only", "-q"], cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout[-_SHOWN:]  # 5 where nothing is selected
