@@ -122,10 +122,10 @@ def find_answered(accepted: Accepted, earlier: Sequence[Earlier], requests: Sequ
         return [False] * len(requests)
     from jobs.asked import PartReader
 
-    wanted = [
-        _by_key(Answerer(accepted.record.decides, _engine_here(accepted, engine)), requests) if engine else {}
-        for engine in (PartReader(one.out_uri, one.record, accepted.model).engine(one.units) for one in useful)
-    ]
+    wanted: list[dict[bytes, list[int]]] = []
+    for one in useful:
+        theirs = PartReader(one.out_uri, one.record, accepted.model).engine(one.units)
+        wanted.append(_by_key(Answerer(accepted.record.decides, _engine_here(accepted, one.record, theirs)), requests) if theirs else {})
     index = read_index(storage.join(accepted.out_uri, _index_name(useful)))
     if index is not None:
         say("reuse: looking up sampled rows in the index that an earlier run has left")
@@ -176,13 +176,19 @@ def _index_name(useful: Sequence[Earlier]) -> str:
     return f"{layout.REUSE}/{_digest(useful)}.parquet"
 
 
-def _engine_here(accepted: Accepted, theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """What this job's rows will meet, as far as that is known before it is up; for the rest what the earlier rows have met."""
-    known = _engine_options(accepted.record)
-    dtype, kv = (known.get(name) or "auto" for name in NUMERICS)
-    length = context_of(accepted) or theirs["max_model_len"]
-    options = theirs["options"] if kv == "auto" else {**theirs["options"], "kv_cache_dtype": kv}
-    return {**theirs, "dtype": theirs["dtype"] if dtype == "auto" else dtype, "max_model_len": length, "options": options}
+def _engine_here(accepted: Accepted, record: JobRecord, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What this job's rows will meet, as far as that is known before it is up; for the rest what the earlier job's rows have met.
+
+    Where both jobs say their numerics, they say the same: see why_nothing.
+    """
+    mine, stated = _engine_options(accepted.record), _engine_options(record)
+    own = {name: mine[name] for name in NUMERICS if name not in stated and mine.get(name, "auto") != "auto"}
+    return {
+        **theirs,
+        "dtype": own.get("dtype", theirs["dtype"]),
+        "max_model_len": context_of(accepted) or theirs["max_model_len"],
+        "options": {**theirs["options"], **own},
+    }
 
 
 def _by_key(answerer: Answerer, requests: Sequence[Request]) -> dict[bytes, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_where_nothing_can_be_kept_rows_come_from_the_store(earlier: Source, mak
     job, parts = make_job(sampling=_SAMPLING), EarlierParts(tmp_path / "file")
     assert read_often(parts, earlier, job, [0]) == [rows_of(earlier, job, 1, [0])] * _OFTEN
     assert len(parts) == 0
+
+
+def test_on_a_disk_that_takes_no_more_rows_come_from_the_store(earlier: Source, make_job: MakeJob, tmp_path: Path) -> None:
+    job, parts = make_job(sampling=_SAMPLING), EarlierParts(tmp_path / "kept")
+    expected, before = rows_of(earlier, job, 1, [0]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        found = read_often(parts, earlier, job, [0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found == [expected] * _OFTEN
+    assert (len(parts), list((tmp_path / "kept").iterdir())) == (0, [])
 
 
 def test_many_threads_get_the_same_rows_and_keep_a_part_once(earlier: Source, make_job: MakeJob, tmp_path: Path) -> None:
