@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import subprocess
@@ -52,10 +53,20 @@ _OWNERS = {
 """Heavy or narrow packages live with their owner."""
 
 
-def imported(source: str) -> set[str]:
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
+    return frozenset(imported(tree(path)))
+
+
+def imported(module: ast.Module) -> set[str]:
     """Top-level names of every import in a file, inside functions too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -74,33 +85,30 @@ def test_there_are_files_to_look_at() -> None:
 
 def test_imports_are_seen_wherever_they_stand() -> None:
     source = "import a.b\nfrom c.d import e\ndef f():\n    import g\n    if True:\n        from h import i\nfrom . import j\n"
-    assert imported(source) == {"a", "c", "g", "h"}
+    assert imported(ast.parse(source)) == {"a", "c", "g", "h"}
 
 
 @pytest.mark.parametrize("path", _FILES, ids=lambda path: str(path.relative_to(_ROOT)))
 def test_imports_go_from_jobs_to_pipeline_to_schemas_and_never_back(path: Path) -> None:
     package = path.relative_to(_ROOT).parts[0]
-    ours = imported(path.read_text()) & {*_PACKAGES, "infra", "tests"}
+    ours = imports_of(path) & {*_PACKAGES, "infra", "tests"}
     assert ours <= _ALLOWED[package]
 
 
 @pytest.mark.parametrize("package", _OWNERS)
 def test_a_heavy_package_is_imported_by_its_owner_alone(package: str) -> None:
-    found = {str(path.relative_to(_ROOT)) for path in _FILES if package in imported(path.read_text())}
+    found = {str(path.relative_to(_ROOT)) for path in _FILES if package in imports_of(path)}
     assert found <= _OWNERS[package]
 
 
 def test_schemas_know_pydantic_and_pyarrow_alone() -> None:
-    names = set().union(*(imported(path.read_text()) for path in _FILES if path.relative_to(_ROOT).parts[0] == "schemas"))
+    names = set().union(*(imports_of(path) for path in _FILES if path.relative_to(_ROOT).parts[0] == "schemas"))
     assert names - set(sys.stdlib_module_names) == {"schemas", "pydantic", "pyarrow"}
 
 
 def test_no_package_uses_relative_imports() -> None:
     relative = [
-        str(path.relative_to(_ROOT))
-        for path in _FILES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.level
+        str(path.relative_to(_ROOT)) for path in _FILES for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []
 
@@ -115,6 +123,7 @@ print(json.dumps(loaded))
 """
 
 
+@pytest.mark.slow
 def test_asking_for_work_loads_no_engine_and_asking_for_help_nearly_nothing(tmp_path: Path) -> None:
     modules = ["jobs.cli", "jobs.plan", "jobs.api", "pipeline.render"]
     done = python(_IMPORT_ONE_BY_ONE, tmp_path, *modules)

@@ -359,6 +359,7 @@ def look(num_examples: int, *phases: Phase) -> None:
     )
 
 
+@pytest.mark.slow
 def test_no_order_of_events_loses_a_row() -> None:
     look(_EXAMPLES)
 
@@ -368,6 +369,7 @@ def overwrite(uri: str, data: bytes, *_: Any) -> None:
     storage.replace(uri, data)
 
 
+@pytest.mark.slow
 def test_the_search_finds_a_store_that_lets_late_writers_overwrite(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the fence."""
     monkeypatch.setattr(storage, "probe", lambda *_: None)
@@ -376,6 +378,7 @@ def test_the_search_finds_a_store_that_lets_late_writers_overwrite(monkeypatch: 
         look(100, Phase.generate)
 
 
+@pytest.mark.slow
 def test_the_search_finds_a_commit_that_comes_short_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the bijection: a part whose last row is lost on its way into the store, with a report that fits."""
     create = storage.create_once

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck
 from hypothesis import given
 from hypothesis import settings
@@ -34,6 +35,7 @@ _FIRST_INPUT, _INPUTS = int(os.environ.get("TOKENMILL_SEED", "0")), examples(500
 _SLOW = settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.slow
 def test_damaged_inputs_are_planned_and_run_or_refused_in_the_projects_words(tiny_model: Path) -> None:
     """Arrow's own abort is counted and told; the next process goes on behind it."""
     first, stop, aborts = _FIRST_INPUT, _FIRST_INPUT + _INPUTS, []

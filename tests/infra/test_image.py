@@ -77,10 +77,12 @@ def ignored(path: str) -> bool:
     return out
 
 
+@pytest.mark.slow
 def test_the_linter_has_nothing_to_say() -> None:
     assert lint(_DOCKERFILE.read_text()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "code"),
     [

@@ -67,6 +67,7 @@ def requests(count: int) -> list[Request]:
     return [Request(position=row, token_ids=list(range(5, 25)), sampling=sampling, seed=row) for row in range(count)]
 
 
+@pytest.mark.slow
 def test_a_canary_of_a_known_engine_finds_its_rate(tiny_model: Path) -> None:
     """Of 16 rows at 400 tokens/s, whatever the batch: every token costs 2.5 ms and a step nothing."""
     plan = ReplicaPlan(

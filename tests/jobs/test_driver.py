@@ -236,6 +236,7 @@ class StuckCluster(ScriptedCluster):
         super().submit(out_uri, fingerprint, unit, attempt, done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [None, UnitError("too late"), "report"])
 def test_a_unit_that_hangs_is_run_once_more_and_counted_once(accepted: Accepted, late: Result | None) -> None:
     cluster = StuckCluster(report_of(accepted.plan.units[9]) if late == "report" else late)

@@ -110,6 +110,7 @@ def frames() -> list[tuple[str, Callable[[], Any]]]:
     return [("pyarrow", lambda: TABLE), ("pandas", pandas), ("polars", polars), ("dask", dask)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "make"), frames(), ids=lambda value: value if isinstance(value, str) else "")
 def test_a_table_of_any_kind_becomes_parquet_once(fields: dict[str, Any], kind: str, make: Callable[[], Any], tmp_path: Path) -> None:
     first, again = (make_job(make(), fields).input.uris for _ in range(2))
@@ -138,6 +139,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return jobs.run(TABLE, model=str(tiny_model), prompt="q", output=out, max_tokens=8, engine=SIMULATED, show=False)
 
 
+@pytest.mark.slow
 def test_rows_of_a_finished_job_come_back_in_order(finished: Job) -> None:
     assert repr(finished) == f"Job({finished.output!r}): complete, 40 of 40 rows"
     assert finished.to_arrow().column("id").to_pylist() == list(range(40))
@@ -150,6 +152,7 @@ def test_rows_of_a_finished_job_come_back_in_order(finished: Job) -> None:
         finished.to_arrow(["nope"])
 
 
+@pytest.mark.slow
 def test_a_sample_is_from_all_over_and_can_be_looked_at(finished: Job) -> None:
     sample = finished.sample(4)
     assert [row["row"] for row in sample.rows] == [0, 10, 20, 30]
@@ -159,6 +162,7 @@ def test_a_sample_is_from_all_over_and_can_be_looked_at(finished: Job) -> None:
     assert len(finished.sample(1000)) == 40
 
 
+@pytest.mark.slow
 def test_frames_of_other_libraries_have_the_same_rows(finished: Job) -> None:
     pytest.importorskip("pandas")
     pytest.importorskip("polars")
@@ -166,6 +170,7 @@ def test_frames_of_other_libraries_have_the_same_rows(finished: Job) -> None:
     assert finished.to_polars(["id"])["id"].to_list() == list(range(40))
 
 
+@pytest.mark.slow
 def test_the_same_call_again_has_nothing_to_do_and_shows_it(finished: Job, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = time.time()
     job = jobs.run(TABLE, model=str(tiny_model), prompt="q", output=finished.output, max_tokens=8, engine=SIMULATED)
@@ -174,6 +179,7 @@ def test_the_same_call_again_has_nothing_to_do_and_shows_it(finished: Job, tiny_
     assert "40 of 40 (100%)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wrong_job_is_told_in_a_line_without_its_processes_traceback(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match=r"input.uri: no file matches") as caught:
         jobs.run(str(tmp_path / "none" / "*.parquet"), show=False, **fields)
@@ -181,6 +187,7 @@ def test_a_wrong_job_is_told_in_a_line_without_its_processes_traceback(fields: d
     assert caught.value._render_traceback_() == [f"JobFailed: {caught.value}"]
 
 
+@pytest.mark.slow
 def test_it_works_inside_a_running_event_loop(fields: dict[str, Any]) -> None:
     async def cell() -> str:
         return jobs.run(TABLE, show=False, **fields).status().state
@@ -240,6 +247,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame:Warning")  # pandas 3.1 of dask
 @pytest.mark.parametrize("tool", ["duckdb", "polars", "pandas", "dataset", "dask"])
 def test_committed_parts_are_read_by_every_usual_tool(finished: Job, tool: str) -> None:

@@ -223,7 +223,11 @@ def test_a_job_file_gives_what_a_preflight_needs_and_flags_must_be_of_that() -> 
         (["preflight", "--profile", "nd-unknown"], "engine.profile: found 'nd-unknown'"),
         (["preflight", "--leave-out", "b"], "leave_out: only kind: address takes it"),
         (["preflight", "--scheduler", "tcp://127.0.0.1:1"], "insecure"),
-        (["preflight", "--scheduler", "tcp://127.0.0.1:1", "--insecure"], "the scheduler at tcp://127.0.0.1:1 does not answer"),
+        pytest.param(
+            ["preflight", "--scheduler", "tcp://127.0.0.1:1", "--insecure"],
+            "the scheduler at tcp://127.0.0.1:1 does not answer",
+            marks=pytest.mark.slow,
+        ),
         (["preflight", "gone.yaml"], "gone.yaml"),
         (["preflight", "--skip", "gravity"], "gravity"),
         (["preflight", "--fast"], "--fast"),

@@ -78,6 +78,7 @@ def test_drawn_rows_with_several_choices_come_out_the_same(finished: Callable[..
     assert found.row.answer == found.now
 
 
+@pytest.mark.slow
 def test_a_row_that_differs_is_told_with_the_place(finished: Callable[..., Path]) -> None:
     out = finished(output={"token_ids": True}, sampling={"max_tokens": 30, "min_tokens": 20})
     (before,) = replay(str(out), [5])
@@ -103,6 +104,7 @@ def test_an_error_that_is_gone_is_a_difference(finished: Callable[..., Path]) ->
     assert (found.difference.what, found.difference.recorded) == ("error", "kills_engine: engines died")
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_the_engine_kills_it_again_and_leaves_the_next_row_alone(
     make_job: MakeJob, write_table: WriteTable, tmp_path: Path
 ) -> None:

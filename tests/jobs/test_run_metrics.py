@@ -121,6 +121,7 @@ def test_before_the_first_word_there_is_nothing_and_a_cost_only_where_it_is_know
     assert values["tokenmill_run_state_info['complete', 'tickets']"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_while_it_goes_on_answers_and_gives_its_port_back(make_job: MakeJob, write_table: WriteTable) -> None:
     write_table([{"prompt": f"question {index}"} for index in range(40)])
     port = free_port()
@@ -135,6 +136,7 @@ def test_a_run_that_is_asked_while_it_goes_on_answers_and_gives_its_port_back(ma
         again.bind(("127.0.0.1", port))
 
 
+@pytest.mark.slow
 def test_each_replica_of_a_local_cluster_answers_on_a_port_of_its_own(make_job: MakeJob, write_table: WriteTable) -> None:
     write_table([{"prompt": f"question {index}"} for index in range(40)])
     port = free_port(more=1)

@@ -10,6 +10,7 @@ from pipeline.child import run_child
 from schemas.errors import JobError
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_ended_with_what_it_started_and_the_end_of_its_log_is_told() -> None:
     began = time.monotonic()
     with pytest.raises(JobError) as raised:

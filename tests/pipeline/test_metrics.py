@@ -73,6 +73,7 @@ def test_a_real_replica_is_asked_when_somebody_looks(tiny_model: Path) -> None:
     assert 0 < age[0] <= age[1]
 
 
+@pytest.mark.slow
 def test_after_close_the_port_is_free() -> None:
     server = Server([], host="127.0.0.1", port=0)
     port = int(server.address.split(":")[2].split("/")[0])

@@ -37,6 +37,7 @@ def test_the_file_system_is_the_one_that_is_mounted_nearest() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_store_and_a_disk_are_measured_and_left_as_they_were(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "part.parquet").write_bytes(b"not ours")
@@ -69,6 +70,7 @@ def test_a_store_that_is_no_folder_works_too() -> None:
     assert storage.list_names("memory://preflight/mark") == {}
 
 
+@pytest.mark.slow
 def test_without_an_output_the_store_is_left_out_and_said_to_be(tmp_path: Path) -> None:
     answer = preflight.measure(order(disk=str(tmp_path)))
     assert {measurement.group.split()[0] for measurement in answer.measurements} == {"disk"}
@@ -98,6 +100,7 @@ def test_what_was_written_is_deleted_where_the_store_fails_in_between(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_is_a_failed_pillar_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file, where a folder is expected")
     with pytest.raises(JobError, match="Not a directory"):

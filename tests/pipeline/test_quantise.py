@@ -20,6 +20,8 @@ from pipeline.quantise import _input_peaks
 from pipeline.quantise import _smooth
 from pipeline.quantise import quantise
 
+pytestmark = pytest.mark.slow  # these imports alone take seconds: `make fast` does not even collect this file
+
 ROWS = [[0, *range(5 + row, 45 + row)] for row in range(4)]
 Q, K, V, OUT, GATE, UP, DOWN = (
     f"model.layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")

@@ -74,6 +74,7 @@ def test_a_unit_of_a_job_on_another_model_is_refused_and_nothing_is_committed(
     assert right.run(accepted.out_uri, accepted.record.fingerprint, unit)["outcome"] == "created"
 
 
+@pytest.mark.slow
 def test_a_unit_that_is_asked_for_again_while_it_is_in_flight_is_run_once(accepted: Accepted, make_replica: Callable[..., Replica]) -> None:
     """As after a scheduler was lost: the next one sends the unit anew, to a replica that never stopped."""
     replica = make_replica(accepted.model, decode_tokens_per_s=10)  # a second and more for the unit

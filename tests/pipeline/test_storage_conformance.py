@@ -168,6 +168,7 @@ def test_a_second_create_fails_and_the_first_bytes_survive(store: Store, first: 
     assert store.names() == ["a"]
 
 
+@pytest.mark.slow
 def test_a_large_object_is_created_once_and_whole(store: Store) -> None:
     """Above the size of one Put Blob, where Azure takes it in blocks."""
     first, second = os.urandom(65 << 20), b"second"
@@ -210,6 +211,7 @@ def race(uri: str, num_writers: int, size_bytes: int) -> None:
     assert storage.read_bytes(uri) == bytes(winners) * size_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_of_32_threads_one_wins_whole(store: Store) -> None:
     if store.kind == "s3":
@@ -251,6 +253,7 @@ for turn in range(rounds):
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_wins_whole(shared_store: Store, tmp_path_factory: pytest.TempPathFactory) -> None:
     num_writers, rounds, signals = 3, 15, tmp_path_factory.mktemp("signals")
     writers = [
@@ -514,6 +517,7 @@ def test_a_probe_passes_and_leaves_no_object(store: Store) -> None:
     assert store.names() == []
 
 
+@pytest.mark.slow
 def test_a_probe_whose_first_acknowledgement_is_lost_passes(azurite: Azurite, container: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The SDK asks again, and is told that the name exists: by itself."""
     with before(azurite) as proxy:

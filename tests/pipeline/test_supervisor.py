@@ -6,12 +6,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from pipeline.model import resolve_model
 from pipeline.supervisor import ReplicaSpec
 from pipeline.supervisor import Supervisor
 from pipeline.worker import WorkerConfig
 
 
+@pytest.mark.slow
 def test_a_replica_that_does_not_start_is_named_while_others_still_do(tiny_model: Path, tmp_path: Path) -> None:
     model = asdict(resolve_model(str(tiny_model)))
     options = {"slow": {"start_s": 60.0}, "wrong": {"decode_tokens_per_s": -1.0}}

@@ -28,6 +28,8 @@ from schemas.job import EngineSpec
 from schemas.job import SimulatedOptions
 from schemas.sampling import Sampling
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(tiny_model: Path) -> Model:

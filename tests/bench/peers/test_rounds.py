@@ -46,6 +46,7 @@ def test_a_side_that_fails_shows_its_last_lines(tmp_path: Path) -> None:
     assert "no such model" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_side_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     code = (
         "import pathlib, subprocess, sys, time\n"

@@ -53,6 +53,7 @@ def refused(*arguments: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_engines_alone_are_fed_the_rows_of_the_table(arguments: list[str]) -> None:
     data = bench("engine", *arguments, *_SIMULATED, "--rounds", "2")
     assert (data["num_requests"], data["error_rows"], len(data["rounds"])) == (39, 1, 2)
@@ -63,6 +64,7 @@ def test_engines_alone_are_fed_the_rows_of_the_table(arguments: list[str]) -> No
     assert len(data["model"]["weights_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_pipeline_and_raw_engine_generate_the_same_tokens(arguments: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     data = bench("pipeline", *arguments, *_SIMULATED, "--rounds", "2", "--output", str(output))
@@ -75,12 +77,14 @@ def test_pipeline_and_raw_engine_generate_the_same_tokens(arguments: list[str], 
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_the_pipeline_alone_keeps_the_jobs_ordering(arguments: list[str]) -> None:
     data = bench("pipeline", *arguments, *_SIMULATED, "--rounds", "1", "--no-raw", "--rows", "20")
     assert (data["num_requests"], data["share_of_raw_engine"], data["raw_rounds"]) == (20, None, [])
     assert data["settings"]["ordering"] == "auto"
 
 
+@pytest.mark.slow
 def test_rounds_that_may_copy_rows_start_with_fresh_replicas(arguments: list[str]) -> None:
     """The second round would be answered from the first one's completions."""
     data = bench("pipeline", *arguments, *_SIMULATED, "--rounds", "2", "--no-raw")
@@ -88,6 +92,7 @@ def test_rounds_that_may_copy_rows_start_with_fresh_replicas(arguments: list[str
     assert sum(replica["num_requests"] for replica in data["per_replica"]["replicas"]) == 39
 
 
+@pytest.mark.slow
 def test_loadgen_issues_every_sample_in_whole_passes_and_its_verdict_is_handed_on(arguments: list[str], tmp_path: Path) -> None:
     logs, longer = tmp_path / "logs", ["--set", "sampling.min_tokens=2"]  # LoadGen counts nothing of a sample with one token
     data = bench("offline", *arguments, *_SIMULATED, "--min-duration", "1", "--reference", "answer", "--logs", str(logs), *longer)
@@ -109,12 +114,14 @@ def test_loadgen_issues_every_sample_in_whole_passes_and_its_verdict_is_handed_o
     assert json.loads((logs / "accuracy" / "mlperf_log_accuracy.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_too_short_is_invalid_for_loadgens_own_reason(arguments: list[str]) -> None:
     said = bench("offline", *arguments, *_SIMULATED, "--min-duration", "30", "--target-qps", "0.1")["offline"]
     assert (said["loadgen_validity"], said["min_duration_met"]) == ("INVALID", False)
     assert "Increase expected QPS" in said["invalid_reasons"][0]
 
 
+@pytest.mark.slow
 def test_a_baseline_is_scored_beside(arguments: list[str], tiny_model: Path) -> None:
     options = ["--min-duration", "0", "--reference", "answer", "--baseline-model", str(tiny_model), "--target-qps", "1"]
     accuracy = bench("offline", *arguments, *_SIMULATED, *options)["offline"]["accuracy"]

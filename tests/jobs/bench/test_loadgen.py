@@ -13,6 +13,7 @@ from jobs.bench.loadgen import run_loadgen
 from jobs.bench.offline import check_test06
 
 
+@pytest.mark.slow
 def test_answers_are_logged_by_their_place_in_the_set(tmp_path: Path) -> None:
     def answer_all(indices: list[int], answer: Answer) -> None:
         for number, index in enumerate(indices):
@@ -25,6 +26,7 @@ def test_answers_are_logged_by_their_place_in_the_set(tmp_path: Path) -> None:
     assert [entry.token_count for entry in entries] == [2 + index for index in range(30)]
 
 
+@pytest.mark.slow
 def test_every_run_in_a_process_has_loadgens_own_seeds(tmp_path: Path) -> None:
     issued: list[list[int]] = []
 
@@ -43,6 +45,7 @@ def test_every_run_in_a_process_has_loadgens_own_seeds(tmp_path: Path) -> None:
     assert runs[0].detail["effective_qsl_rng_seed"] == runs[1].detail["effective_qsl_rng_seed"] == 2085463073848966840
 
 
+@pytest.mark.slow
 def test_an_error_comes_out_and_loadgens_thread_ends(tmp_path: Path) -> None:
     def answer_all(indices: list[int], answer: Answer) -> None:
         answer(0, [1])

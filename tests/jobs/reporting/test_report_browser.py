@@ -16,7 +16,10 @@ from tests.bench.report import build
 
 _CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run `make setup`")
-pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no chromium here; run `bash .ci/setup-chromium`")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_CHROMIUM is None, reason="no chromium here; run `bash .ci/setup-chromium`"),
+]
 
 
 @pytest.fixture(scope="module")

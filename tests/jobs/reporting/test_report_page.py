@@ -211,6 +211,7 @@ def test_long_names_keep_both_ends(name: str, expected: str) -> None:
     assert plots.shortened(name) == expected
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_beside_the_job(done: Path) -> None:
     (done / layout.REPORT).unlink(missing_ok=True)
     ran = CliRunner().invoke(main, ["report", str(done)])
@@ -220,6 +221,7 @@ def test_the_command_writes_the_page_beside_the_job(done: Path) -> None:
     assert CliRunner().invoke(main, ["status", str(done)]).exit_code == 0  # it is nobody's part
 
 
+@pytest.mark.slow
 def test_the_command_writes_where_it_is_told(done: Path, tmp_path: Path) -> None:
     (done / layout.REPORT).unlink(missing_ok=True)
     ran = CliRunner().invoke(main, ["report", str(done), "--html", str(tmp_path / "r.html"), "--markdown", str(tmp_path / "r.md")])
@@ -236,6 +238,7 @@ def test_json_alone_writes_nothing(done: Path) -> None:
     assert not (done / layout.REPORT).exists()
 
 
+@pytest.mark.slow
 def test_json_with_markdown_writes_that_alone(done: Path, tmp_path: Path) -> None:
     ran = CliRunner().invoke(main, ["report", str(done), "--json", "--markdown", str(tmp_path / "r.md")])
     assert json.loads(ran.stdout)["num_requests"] == 384
@@ -243,6 +246,7 @@ def test_json_with_markdown_writes_that_alone(done: Path, tmp_path: Path) -> Non
     assert not (done / layout.REPORT).exists()
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_to_is_named(done: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match=r"--html: cannot write .*file/r\.html.*name another place with --html PATH"):

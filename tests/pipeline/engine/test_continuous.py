@@ -285,6 +285,7 @@ def test_rows_pulled_ahead_of_their_answers_never_exceed_the_window(start: Start
     assert most <= engine.window_rows + 1  # the one in hand
 
 
+@pytest.mark.slow
 def test_room_that_others_free_is_taken_while_a_callers_own_rows_are_still_inside(start: Start) -> None:
     """Otherwise one long row of one unit leaves the engine all but idle after the other units are done."""
     core = PickyCore()
