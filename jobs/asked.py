@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence
+from collections.abc import Set
 from typing import Any
 
 import pyarrow as pa
@@ -19,11 +20,14 @@ from pipeline.prompts import prompt_columns
 from pipeline.prompts import read_prompts
 from pipeline.read import open_parquet
 from pipeline.render import Renderer
+from pipeline.render import Text
 from pipeline.render import load_tokenizer
 from schemas.completions import ERROR
 from schemas.completions import PROMPT_TOKENS
 from schemas.errors import ForeignOutput
 from schemas.manifest import META_PROVENANCE
+from schemas.prompts import Prompt
+from schemas.prompts import RowError
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 
@@ -40,8 +44,11 @@ class PartReader:
         self._renderers: dict[int, Renderer] = {}
         self._lock = threading.Lock()
 
-    def read(self, unit: WorkUnit) -> tuple[bytes, list[int]] | None:
-        """Keys of the rows that are answered, and those rows' numbers; None where the part is gone or damaged."""
+    def read(self, unit: WorkUnit, only: Set[Text] | None = None) -> tuple[bytes, list[int]] | None:
+        """Keys of the rows that are answered, and those rows' numbers; None where the part is gone or damaged.
+
+        `only`: no other texts are tokenised, which is most of the work.
+        """
         record, prefix = self._record, self._job.output.prefix
         uri = storage.join(self._out_uri, unit.part_name(record.fingerprint))
         prompts = list(dict.fromkeys(prompt_columns(self._job.input)))
@@ -58,8 +65,11 @@ class PartReader:
                     table = parquet.read_row_group(group, columns=names, use_threads=False).select(names)
                     for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
                         failed, lengths = batch.column(len(prompts)).is_valid().to_pylist(), batch.column(len(prompts) + 1).to_pylist()
-                        rendered = renderer.render(read_prompts(batch, unit.position + row, self._job))
-                        for number, item in enumerate(rendered):
+                        prompts_here = list(enumerate(read_prompts(batch, unit.position + row, self._job)))
+                        if only is not None:
+                            prompts_here = [(number, one) for number, one in prompts_here if _text(renderer, one) in only]
+                        rendered = renderer.render([one for _, one in prompts_here])
+                        for (number, _), item in zip(prompts_here, rendered, strict=True):
                             # A length that is not the recorded one was rendered by other rules than today's.
                             if not failed[number] and isinstance(item, Request) and len(item.token_ids) == lengths[number]:
                                 keys.append(answerer.key(item))
@@ -85,6 +95,10 @@ class PartReader:
                 seed_base = self._record.fingerprint
                 self._renderers[max_model_len] = Renderer(self._tokenizer, self._job, max_model_len=max_model_len, seed_base=seed_base)
             return self._renderers[max_model_len]
+
+
+def _text(renderer: Renderer, prompt: Prompt | RowError) -> Text | RowError:
+    return prompt if isinstance(prompt, RowError) else renderer.text(prompt)
 
 
 def _engines(provenance: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:

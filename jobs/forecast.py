@@ -29,7 +29,7 @@ from jobs.lengths import share_of
 from jobs.lengths import unknown_output
 from jobs.reuse import context_of
 from jobs.reuse import find_answered
-from jobs.sample import read_sample
+from jobs.sample import read_sampled
 from pipeline.engine.engine import Request
 from pipeline.hardware import find_profile
 from pipeline.hardware import known_sizes
@@ -77,18 +77,18 @@ def forecast(
     accepted = report.accepted
     job, model = accepted.job, accepted.model
     # Any beginning of a sample is a sample itself, so one reading serves the lengths and the canary.
-    sample = read_sample(
+    sampled = read_sampled(
         job,
         model,
         max(SAMPLE_ROWS, canary_rows or 0),
         max_model_len=context_of(accepted) or model.max_position_embeddings,
         seed_base=accepted.record.fingerprint,
     )
-    if not sample:
+    if not sampled:
         raise JobError("input: no row of a sample can be asked; `tokenmill run` would write each with its error")
-    answered = find_answered(accepted, report.earlier, sample, say)
-    left = [request for request, known in zip(sample, answered, strict=True) if not known]
-    taken = [request for request, known in zip(sample, answered, strict=True) if known]
+    answered = find_answered(accepted, report.earlier, sampled, say)
+    left = [request for (request, _), known in zip(sampled, answered, strict=True) if not known]
+    taken = [request for (request, _), known in zip(sampled, answered, strict=True) if known]
     prompts = [len(request.token_ids) for request in (left or taken)[:SAMPLE_ROWS]]
     # Where too few are left for a canary, rows that a run would take over make it up.
     canary = _canary(report, [*left, *taken][:canary_rows], say) if canary_rows else None
@@ -100,8 +100,8 @@ def forecast(
         output, basis = unknown_output(job.sampling.max_tokens * job.sampling.n), "max_tokens"
     lengths = Lengths(
         rows=accepted.plan.num_rows,
-        reused=_reused(share_of(len(taken), len(sample)), accepted.plan.num_rows) if report.earlier else NO_ROWS,
-        sampled=len(sample[:SAMPLE_ROWS]),
+        reused=_reused(share_of(len(taken), len(sampled)), accepted.plan.num_rows) if report.earlier else NO_ROWS,
+        sampled=min(len(sampled), SAMPLE_ROWS),
         prompt=mean_of(prompts),
         output=output,
         basis=basis,  # type: ignore[arg-type]

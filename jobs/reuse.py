@@ -14,9 +14,12 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 from typing import Any
 
 from jobs.accept import NUMERICS
@@ -34,6 +37,9 @@ from schemas import layout
 from schemas.errors import JobError
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
+
+if TYPE_CHECKING:
+    from pipeline.render import Text
 
 _VERSION = 1
 """Of how requests are rendered and keys made: an index of another version is made anew."""
@@ -115,11 +121,11 @@ def index_earlier(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> A
     return replace(accepted, index=name)
 
 
-def find_answered(accepted: Accepted, earlier: Sequence[Earlier], requests: Sequence[Request], say: Say) -> list[bool]:
-    """Whether a run would take each request's answer over. Reads what a run reads for its index, and stores nothing."""
-    useful = _useful(accepted, earlier, say) if requests else []
+def find_answered(accepted: Accepted, earlier: Sequence[Earlier], sampled: Sequence[tuple[Request, Text]], say: Say) -> list[bool]:
+    """Whether a run would take each request's answer over, of those whose text an earlier job had too. Stores nothing."""
+    useful, requests = _useful(accepted, earlier, say), [request for request, _ in sampled]
     if not useful:
-        return [False] * len(requests)
+        return [False] * len(sampled)
     from jobs.asked import PartReader
 
     wanted: list[dict[bytes, list[int]]] = []
@@ -132,7 +138,8 @@ def find_answered(accepted: Accepted, earlier: Sequence[Earlier], requests: Sequ
         known = ([key for key, place in zip(keys, index.find([*keys]), strict=True) if place is not None] for keys in wanted)
         return _found(len(requests), zip(wanted, known, strict=True))
     say(f"reuse: looking for sampled rows among {sum(one.rows for one in useful):,} committed rows of {len(useful)} earlier outputs")
-    return _found(len(requests), ((wanted[number], _split(joined)) for number, _, joined, _ in _keys(accepted, useful, say)))
+    answers = _keys(accepted, useful, say, only=frozenset(text for _, text in sampled))
+    return _found(len(requests), ((wanted[number], _split(joined)) for number, _, joined, _ in answers))
 
 
 def _engine_options(record: JobRecord) -> dict[str, Any]:
@@ -233,8 +240,10 @@ def _store(uri: str, data: bytes) -> None:
         storage.replace(uri, data)
 
 
-def _keys(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> Iterator[tuple[int, int, bytes, list[int]]]:
-    """Of each part, in order: the number of its source, its unit, keys and their rows."""
+def _keys(
+    accepted: Accepted, earlier: Sequence[Earlier], say: Say, *, only: Set[Text] | None = None
+) -> Iterator[tuple[int, int, bytes, list[int]]]:
+    """Of each part, in order: the number of its source, its unit, keys and their rows; `only` those of such texts."""
     from jobs.asked import PartReader  # which loads a tokenizer's packages: asking for work must not
 
     lost = 0
@@ -242,7 +251,7 @@ def _keys(accepted: Accepted, earlier: Sequence[Earlier], say: Say) -> Iterator[
     try:
         for number, one in enumerate(earlier):
             reader = PartReader(one.out_uri, one.record, accepted.model)
-            for unit, found in zip(one.units, pool.map(reader.read, one.units), strict=True):
+            for unit, found in zip(one.units, pool.map(partial(reader.read, only=only), one.units), strict=True):
                 if found is None:
                     lost += 1
                 else:

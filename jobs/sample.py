@@ -15,8 +15,11 @@ from pipeline.prompts import check_columns
 from pipeline.prompts import read_prompts
 from pipeline.read import read_unit
 from pipeline.render import Renderer
+from pipeline.render import Text
 from pipeline.render import load_tokenizer
 from schemas.job import JobSpec
+from schemas.prompts import Prompt
+from schemas.prompts import RowError
 
 _MAX_UNITS = 32
 _READ_ROWS = 4096
@@ -32,10 +35,15 @@ def read_sample(job: JobSpec, model: Model, rows: int, *, max_model_len: int, se
 
     Drawn rows have the seeds of a run where `seed_base` is the job's fingerprint.
     """
+    return [request for request, _ in read_sampled(job, model, rows, max_model_len=max_model_len, seed_base=seed_base)]
+
+
+def read_sampled(job: JobSpec, model: Model, rows: int, *, max_model_len: int, seed_base: str) -> list[tuple[Request, Text]]:
+    """The same rows, each with the text that was tokenised."""
     plan, schema = make_plan(job)
     check_columns(schema, job.input)
     renderer = Renderer(load_tokenizer(model.path), job, max_model_len=max_model_len, seed_base=seed_base)
-    requests: list[Request] = []
+    sampled: list[tuple[Request, Text]] = []
     units = _evenly(plan.units, _MAX_UNITS)
     for unit in units:
         prompts, seen = [], 0
@@ -44,11 +52,14 @@ def read_sample(job: JobSpec, model: Model, rows: int, *, max_model_len: int, se
             seen += batch.num_rows
             if seen >= _READ_ROWS:
                 break
-        rendered = renderer.render(_evenly(prompts, -(-rows // len(units))))
-        requests += [item for item in rendered if isinstance(item, Request)]
+        chosen = [prompt for prompt in _evenly(prompts, -(-rows // len(units))) if isinstance(prompt, Prompt)]
+        for prompt, item in zip(chosen, renderer.render(chosen), strict=True):
+            text = renderer.text(prompt)
+            if isinstance(item, Request) and not isinstance(text, RowError):
+                sampled.append((item, text))
     # Any beginning of the sample is a sample itself.
-    requests.sort(key=lambda request: hashlib.blake2b(str(request.position).encode(), digest_size=8).digest())
-    return requests[:rows]
+    sampled.sort(key=lambda one: hashlib.blake2b(str(one[0].position).encode(), digest_size=8).digest())
+    return sampled[:rows]
 
 
 def fixed(sample: Sequence[Request], lengths: Mapping[int, int]) -> list[Request]:

@@ -23,6 +23,9 @@ from schemas.prompts import RowError
 _SEED_BITS = 31
 _SHORTEN_TRIES = 4
 
+Text = tuple[str, bool]
+"""What is tokenised, and whether a chat template made it."""
+
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """From a local checkpoint; imports no torch. Raises JobError."""
@@ -63,7 +66,7 @@ class Renderer:
     def render(self, prompts: Iterable[Prompt | RowError]) -> list[Request | tuple[RowError, int]]:
         """One Request, or RowError with the prompt's token count (0 if unknown), for each prompt, in order."""
         prompts = list(prompts)
-        texts: list[tuple[str, bool] | RowError] = [p if isinstance(p, RowError) else self._text(p) for p in prompts]
+        texts = [p if isinstance(p, RowError) else self.text(p) for p in prompts]
         ids: dict[int, list[int]] = {}
         for templated in (True, False):  # chat templates bring their own special tokens, plain text gets the tokenizer's
             chosen = {index: item[0] for index, item in enumerate(texts) if isinstance(item, tuple) and item[1] is templated}
@@ -83,8 +86,8 @@ class Renderer:
         texts: list[str] = self._tokenizer.batch_decode(token_ids, skip_special_tokens=skip_special_tokens)
         return texts
 
-    def _text(self, prompt: Prompt) -> tuple[str, bool] | RowError:
-        """The text to tokenise, and whether a chat template made it."""
+    def text(self, prompt: Prompt) -> Text | RowError:
+        """What `render` tokenises, which takes most of its time."""
         if isinstance(prompt.content, str) and not self._chat:
             return prompt.content, False
         if not isinstance(prompt.content, str) and self._tokenizer.chat_template is None:

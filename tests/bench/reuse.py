@@ -31,9 +31,12 @@ import pyarrow.parquet as pq
 from jobs import api
 from jobs.accept import accept
 from jobs.accept import store
+from jobs.lengths import SAMPLE_ROWS
 from jobs.outputs import committed
+from jobs.reuse import find_answered
 from jobs.reuse import find_earlier
 from jobs.reuse import index_earlier
+from jobs.sample import read_sampled
 from jobs.summary import RunResult
 from jobs.verify import verify
 from pipeline.answered import Source
@@ -97,6 +100,16 @@ class Bench:
         index_earlier(accepted, earlier, lambda _: None)
         return sum(one.rows for one in earlier), time.monotonic() - began
 
+    def lookup(self) -> float:
+        """Seconds in which a plan finds what of its sample is answered."""
+        accepted = accept(self.job("new", "planned", reuse=[str(self.folder / "old")]))
+        earlier, length = find_earlier(accepted), accepted.model.max_position_embeddings
+        sampled = read_sampled(accepted.job, accepted.model, SAMPLE_ROWS, max_model_len=length, seed_base=accepted.record.fingerprint)
+        began = time.monotonic()
+        share = sum(find_answered(accepted, earlier, sampled, lambda _: None)) / len(sampled)
+        assert abs(share - (1 - self.options.edited)) < 0.1, share
+        return time.monotonic() - began
+
     def scattered(self) -> tuple[list[list[tuple[Source, int, list[int]]]], JobSpec]:
         """What each of as many units as the earlier output has asks its parts for, where rows come in another order; and the job."""
         (earlier,) = find_earlier(accept(self.job("new", "scattered", reuse=[str(self.folder / "old")])))
@@ -146,7 +159,7 @@ def main() -> None:
             say = f"index: {rows:,} rows in {seconds:.1f} s = {rows / seconds:,.0f} rows/s"
             if rows < _MILLION:
                 say += f"; 1,000,000 rows would take {_MILLION * seconds / rows:.0f} s (extrapolated)"
-            print(say, flush=True)
+            print(say + f"; a plan looks its sample up in {bench.lookup():.1f} s", flush=True)
         for _ in range(0 if options.index_only else options.rounds):
             _compare(bench)
     finally:
