@@ -54,19 +54,14 @@ _OWNERS = {
 
 
 @functools.cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-@functools.cache
 def imports_of(path: Path) -> frozenset[str]:
-    return frozenset(imported(tree(path)))
+    return frozenset(imported(path.read_text()))
 
 
-def imported(module: ast.Module) -> set[str]:
+def imported(source: str) -> set[str]:
     """Top-level names of every import in a file, inside functions too."""
     names: set[str] = set()
-    for node in ast.walk(module):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -85,7 +80,7 @@ def test_there_are_files_to_look_at() -> None:
 
 def test_imports_are_seen_wherever_they_stand() -> None:
     source = "import a.b\nfrom c.d import e\ndef f():\n    import g\n    if True:\n        from h import i\nfrom . import j\n"
-    assert imported(ast.parse(source)) == {"a", "c", "g", "h"}
+    assert imported(source) == {"a", "c", "g", "h"}
 
 
 @pytest.mark.parametrize("path", _FILES, ids=lambda path: str(path.relative_to(_ROOT)))
@@ -108,7 +103,10 @@ def test_schemas_know_pydantic_and_pyarrow_alone() -> None:
 
 def test_no_package_uses_relative_imports() -> None:
     relative = [
-        str(path.relative_to(_ROOT)) for path in _FILES for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.level
+        str(path.relative_to(_ROOT))
+        for path in _FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []
 
