@@ -25,6 +25,7 @@ from jobs.verify import verify
 from schemas import layout
 from schemas.errors import JobError
 from schemas.job import JobSpec
+from schemas.job import parse_job
 
 MakeJob = Callable[..., JobSpec]
 WriteTable = Callable[..., Path]
@@ -33,13 +34,32 @@ _UNITS = 4
 _ROWS = 16 * _UNITS
 
 
-@pytest.fixture
-def out(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> Path:
-    """A complete output of four units with 16 rows each; row 21 is an error row."""
+def make_whole(folder: Path, model: Path) -> Path:
+    """A complete output of four units with 16 rows each, beside its input; row 21 is an error row."""
     rows = [{"id": index, "prompt": None if index == 21 else f"question {index}", "x": index / 2} for index in range(_ROWS)]
-    write_table(rows)
-    assert run(make_job(), stream=io.StringIO()).state == "complete"
-    return tmp_path / "out"
+    (folder / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "prompts.parquet")
+    job = {
+        "model": str(model),
+        "input": {"uri": str(folder / "in" / "*.parquet"), "prompt": "prompt"},
+        "output": {"uri": str(folder / "out")},
+        "sampling": {"max_tokens": 8},
+        "engine": {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}},
+        "cluster": {"kind": "inline"},
+    }
+    assert run(parse_job(job), stream=io.StringIO()).state == "complete"
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_whole(tmp_path_factory.mktemp("whole"), tiny_model)
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage; its input is everybody's."""
+    return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
 def part(out: Path, unit: int) -> Path:
@@ -169,7 +189,8 @@ def test_a_foreign_part_is_found_and_no_row_is_called_lost(out: Path) -> None:
     assert verdict.rows_proven == _ROWS
 
 
-def test_a_changed_input_is_found(out: Path, write_table: WriteTable, tmp_path: Path) -> None:
+def test_a_changed_input_is_found(tiny_model: Path, write_table: WriteTable, tmp_path: Path) -> None:
+    out = make_whole(tmp_path, tiny_model)
     path = tmp_path / "in" / "prompts.parquet"
     write_table([{"id": index, "prompt": f"question {index}", "x": 0.0} for index in range(_ROWS)])
     found = problems(out)
@@ -178,7 +199,8 @@ def test_a_changed_input_is_found(out: Path, write_table: WriteTable, tmp_path: 
     assert all(f"{path} changed since the plan was made" in problem for problem in found)
 
 
-def test_an_input_that_is_gone_is_found(out: Path, tmp_path: Path) -> None:
+def test_an_input_that_is_gone_is_found(tiny_model: Path, tmp_path: Path) -> None:
+    out = make_whole(tmp_path, tiny_model)
     path = tmp_path / "in" / "prompts.parquet"
     path.unlink()
     assert all(f"{path} is gone since the plan was made" in problem for problem in problems(out))
@@ -241,7 +263,8 @@ def test_findings_as_json(out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "in"])
-def test_a_folder_without_a_job_is_refused(out: Path, tmp_path: Path, name: str) -> None:
+def test_a_folder_without_a_job_is_refused(write_table: WriteTable, tmp_path: Path, name: str) -> None:
+    write_table([{"prompt": "question"}])
     with pytest.raises(JobError, match="holds no job"):
         verify(str(tmp_path / name))
     done = CliRunner().invoke(main, ["verify", str(tmp_path / name)])
