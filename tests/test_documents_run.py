@@ -61,7 +61,7 @@ NOT_RUN = {
     (_README, "tokenmill tune job.yaml"): "ten minutes of engines; tests/jobs/test_tune.py has a short search with the real one",
     (_README, "tokenmill model prepare demo"): "minutes; tests/jobs/test_prepare_model.py does it with a tiny model and the real engine",
     (_JOBS, "storage:"): "names an Azure account; tests/pipeline/test_storage_conformance.py has each way in, on Azurite",
-    (_CLUSTER, "tokenmill run job.yaml --preflight"): "measures for half a minute more; tests/jobs/test_preflight_nodes.py has such a run",
+    (_CLUSTER, "tokenmill run job.yaml --preflight"): "half a minute more; tests/jobs/test_preflight.py has it, over scripted nodes",
     (_INFRA, "az "): _AZURE,
     (_INFRA, "for name in Batch Compute"): _AZURE,
     (_INFRA, "export TOKENMILL_"): "names for the commands after it, two of which Azure says",
