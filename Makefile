@@ -1,4 +1,4 @@
-.PHONY: setup python azurite chromium demo test long check lint types fast engine chaos constraints
+.PHONY: setup python azurite chromium demo test long check lint types fast fast-jobs fast-others engine chaos constraints
 
 # Compiled modules are kept, whatever the shell says: without them each process that a test starts compiles all that it imports, of
 # vLLM's 2,100 modules too, which doubles what the start of an engine or of `tokenmill` costs.
@@ -31,9 +31,17 @@ lint: setup
 types: setup
 	.venv/bin/mypy
 
+FAST = TOKENMILL_FUZZ=0.1 .venv/bin/pytest -q -m "not engine and not chaos and not azurite and not batch and not slow and not long" \
+	--ignore=tests/pipeline/test_quantise.py
+
 fast: setup       ## the developer loop, under a minute: no engine, no Azurite, no killed processes, no Batch, nothing slow, a tenth of the fuzzing
-	TOKENMILL_FUZZ=0.1 .venv/bin/pytest -q -m "not engine and not chaos and not azurite and not batch and not slow and not long" \
-		--ignore=tests/pipeline/test_quantise.py
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target fast-jobs fast-others
+
+fast-jobs:
+	$(FAST) tests/jobs
+
+fast-others:
+	$(FAST) --ignore=tests/jobs
 
 engine: setup
 	.venv/bin/pytest -q -m engine
