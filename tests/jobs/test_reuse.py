@@ -70,6 +70,7 @@ def place(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> Place:
     return Place(make_job, write_table, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["inline", "local"])
 def test_an_edit_of_five_rows_in_a_hundred_pays_for_just_these(place: Place, kind: str) -> None:
     ids = {"token_ids": True}
@@ -117,6 +118,7 @@ def test_rows_in_another_order_and_table_with_other_columns_are_found(place: Pla
     assert all(row["is_completion"] == before[row["prompt"]] for row in after if row["prompt"] in before)
 
 
+@pytest.mark.slow
 def test_several_outputs_and_what_they_took_over_themselves_are_taken_from(place: Place) -> None:
     place.run("first", rows()[: _ROWS // 2])
     second = place.run("second", rows()[: _ROWS // 2 + 100], reuse=[str(place.out("first"))])
@@ -144,6 +146,7 @@ def test_rows_with_their_own_sampling_are_matched_one_by_one(place: Place) -> No
     assert place.generated(result) == 30
 
 
+@pytest.mark.slow
 def test_drawn_rows_are_taken_over_where_job_and_row_draw_by_the_same_seed(place: Place) -> None:
     drawn = {"temperature": 0.8, "n": 3, "seed": 11}
     place.run("old", rows(), sampling=drawn, output={"token_ids": True})
@@ -200,6 +203,7 @@ def test_what_is_no_output_is_refused(place: Place, tmp_path: Path) -> None:
     assert not place.out("new").exists()
 
 
+@pytest.mark.slow
 def test_missing_and_damaged_parts_of_an_earlier_output_cost_their_rows_alone(place: Place) -> None:
     place.run("old", rows())
     parts = sorted(place.out("old").glob("part-*.parquet"))
@@ -249,6 +253,7 @@ def test_a_damaged_index_is_made_anew_and_a_good_one_is_taken(place: Place) -> N
         assert index.read_bytes() == good
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_with_more_or_fewer_earlier_outputs(place: Place) -> None:
     place.run("old", rows())
     bare = place.job("new", rows(_EDITED))
@@ -381,6 +386,7 @@ def test_plan_and_run_take_the_flag(place: Place, tiny_model: Path) -> None:
     assert json.loads(done.stdout)["this_run"]["reused_rows"] == _ROWS - len(_EDITED)
 
 
+@pytest.mark.slow
 def test_rows_in_another_order_altogether_are_taken_from_every_part_for_every_unit(place: Place) -> None:
     ids = {"token_ids": True}
     place.run("old", rows(), output=ids)
