@@ -19,27 +19,52 @@ class Caps:
     """Since the run's command."""
     max_usd: float | None = None
     usd_per_hour: float | None = None
-    """Of one node. Nodes cost from the command on, whether or not their engines are up."""
+    """Of one node."""
 
-    def usd(self, elapsed_s: float, num_nodes: int) -> float | None:
-        """So far; None where no price is known."""
-        return None if self.usd_per_hour is None else elapsed_s / 3600 * self.usd_per_hour * max(1, num_nodes)
+    def usd(self, node_s: float) -> float | None:
+        """For so many seconds of a node; None where no price is known."""
+        return None if self.usd_per_hour is None else node_s / 3600 * self.usd_per_hour
 
-    def reached(self, elapsed_s: float, num_nodes: int, usual_unit_s: float) -> str | None:
-        """Why no unit may begin any more: it would not be done within the cap, going by how long units usually take. None if it may."""
+    def reached(self, elapsed_s: float, node_s: float, num_nodes: int, usual_unit_s: float) -> str | None:
+        """Why no unit may begin any more: it would not be done within the cap, going by how long units usually take. None if it may.
+
+        `node_s` are all nodes' seconds so far, `num_nodes` are there now.
+        """
         if self.deadline_s is not None and elapsed_s + usual_unit_s >= self.deadline_s:
             return (
                 f"limits.deadline: {elapsed_s:,.0f} s of {self.deadline_s:,.0f} s are over, and a unit takes {usual_unit_s:,.0f} s"
                 if elapsed_s < self.deadline_s
                 else f"limits.deadline: {self.deadline_s:,.0f} s are over"
             )
-        spent = self.usd(elapsed_s, num_nodes)
+        spent = self.usd(node_s)
         if self.max_usd is None or spent is None:
             return None
-        then = self.usd(elapsed_s + usual_unit_s, num_nodes) or 0.0
+        then = self.usd(node_s + usual_unit_s * max(1, num_nodes)) or 0.0
         if then < self.max_usd:
             return None
         return f"limits.max_cost_usd: {spent:,.2f} of {self.max_usd:,.2f} USD are spent, {then:,.2f} when what is in flight is done"
+
+
+class NodeSeconds:
+    """Seconds of nodes that a run has cost since its command, by how many there were at each look. Never less than before.
+
+    A node costs while its engines load, too: one more than ever before counts from as long before it was seen as the first one took.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._began = self._looked = began
+        self._num_nodes = self._most = 1
+        self._start_s: float | None = None
+        self.total = 0.0
+
+    def add(self, now: float, num_nodes: int) -> None:
+        """Until now there were those of the last look. Where none is seen, one costs all the same."""
+        self.total += (now - self._looked) * self._num_nodes
+        self._looked, self._num_nodes = now, max(1, num_nodes)
+        if num_nodes:
+            self._start_s = now - self._began if self._start_s is None else self._start_s
+            self.total += self._start_s * max(0, num_nodes - self._most)
+            self._most = max(self._most, num_nodes)
 
 
 def caps_of(limits: LimitsSpec, *, profile_usd_per_hour: float | None, now: datetime | None = None) -> Caps:

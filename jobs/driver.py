@@ -22,6 +22,7 @@ from jobs.accept import Accepted
 from jobs.accounts import Accounts
 from jobs.brake import tripped
 from jobs.caps import Caps
+from jobs.caps import NodeSeconds
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
@@ -224,6 +225,7 @@ class Driver:
         self._began = clock() if began is None else began
         self._accounts = Accounts(self._began)
         self._caps = caps or Caps()
+        self._node_seconds = NodeSeconds(self._began)
         self._capped = False
         plan = accepted.plan
         self.progress = Progress(
@@ -316,12 +318,15 @@ class Driver:
         self._wanted_windows = wanted / max(1, sum(replica.window_rows for replica in replicas))
 
     def _look_at_caps(self, now: float) -> None:
-        progress, num_nodes = self.progress, self._num_nodes
-        progress.usd = self._caps.usd(now - self._began, num_nodes)
+        progress, node_seconds = self.progress, self._node_seconds
+        node_seconds.add(now, self._num_nodes)
+        progress.usd = self._caps.usd(node_seconds.total)
         if self._drain.is_set() or not (self._ready or self._later or self._held):
             return
         usual_s = statistics.median(self._took_s) if self._took_s else 0.0
-        reason = tripped(self._job.limits, progress.totals) or self._caps.reached(now - self._began, num_nodes, usual_s)
+        reason = tripped(self._job.limits, progress.totals) or self._caps.reached(
+            now - self._began, node_seconds.total, self._num_nodes, usual_s
+        )
         if reason is not None:
             self._capped = True
             self._say(f"{reason}: draining; the same command with a higher limit goes on")

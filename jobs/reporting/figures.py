@@ -103,7 +103,7 @@ def throughput(units: Sequence[UnitReport], runs: Sequence[RunAccount], *, num_b
     """Each unit's tokens spread evenly from its first read to its commit."""
     begun = np.array([unit.started_at for unit in units], dtype=np.float64)
     took_s = np.maximum(np.array([unit.finished_at for unit in units], dtype=np.float64) - begun, _LEAST_S)
-    tokens = np.array([unit.completion_tokens for unit in units], dtype=np.float64)
+    tokens = np.array([_made_tokens(unit) for unit in units], dtype=np.float64)
     intervals = [(run.began_at, run.began_at + run.elapsed_s) for run in runs]
     intervals += list(zip(begun.tolist(), (begun + took_s).tolist(), strict=True))
     spans = active_spans(intervals)
@@ -128,6 +128,11 @@ def throughput(units: Sequence[UnitReport], runs: Sequence[RunAccount], *, num_b
     )
 
 
+def _made_tokens(unit: UnitReport) -> int:
+    """Output tokens as a run's account counts them: also those that were copied, or saved by earlier attempts, but of this job."""
+    return unit.completion_tokens - unit.reused_tokens
+
+
 def balance(units: Iterable[UnitReport], replicas: Iterable[ReplicaAccount], *, by_node: bool) -> list[Share]:
     """What each did, by name. Units are the committed ones, seconds those of all runs."""
     sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -135,7 +140,7 @@ def balance(units: Iterable[UnitReport], replicas: Iterable[ReplicaAccount], *, 
         mine = sums[node_of(unit.worker) if by_node else unit.worker]
         mine["units"] += 1
         mine["rows"] += unit.rows
-        mine["output_tokens"] += unit.completion_tokens
+        mine["output_tokens"] += _made_tokens(unit)
     for replica in replicas:
         mine = sums[node_of(replica.name) if by_node else replica.name]
         mine["replicas"] += 1
@@ -172,7 +177,7 @@ def cost(runs: Iterable[RunAccount], usd_per_hour: Mapping[str, float | None]) -
     for run in runs:
         num_nodes = max(1, len({node_of(replica.name) for replica in run.replicas}))
         node_hours += run.elapsed_s / 3600 * num_nodes
-        spent = Caps(usd_per_hour=usd_per_hour[run.run]).usd(run.elapsed_s, num_nodes)
+        spent = Caps(usd_per_hour=usd_per_hour[run.run]).usd(run.elapsed_s * num_nodes)
         if spent is None:
             return None
         usd += spent

@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 
 from jobs.caps import Caps
+from jobs.caps import NodeSeconds
 from jobs.caps import caps_of
 from schemas.errors import JobError
 from schemas.job import LimitsSpec
@@ -20,7 +21,7 @@ def made(price: float | None = None, **limits: object) -> Caps:
 
 
 def test_without_limits_nothing_is_reached() -> None:
-    assert made().reached(1e9, 72, 1e9) is None
+    assert made().reached(1e9, 72e9, 72, 1e9) is None
 
 
 def test_a_deadline_is_a_length_of_time_or_a_moment() -> None:
@@ -44,18 +45,42 @@ def test_a_deadline_that_is_none_is_refused(deadline: str, message: str) -> None
 
 def test_units_stop_beginning_when_they_would_end_too_late() -> None:
     caps = made(deadline="100s")
-    assert caps.reached(79, 1, 20) is None
-    assert caps.reached(80, 1, 20) == "limits.deadline: 80 s of 100 s are over, and a unit takes 20 s"
-    assert caps.reached(101, 1, 0) == "limits.deadline: 100 s are over"
+    assert caps.reached(79, 79, 1, 20) is None
+    assert caps.reached(80, 80, 1, 20) == "limits.deadline: 80 s of 100 s are over, and a unit takes 20 s"
+    assert caps.reached(101, 101, 1, 0) == "limits.deadline: 100 s are over"
 
 
-def test_every_node_costs_from_the_command_on() -> None:
+def test_a_run_stops_beginning_units_when_the_nodes_that_are_there_would_cost_too_much() -> None:
     caps = made(max_cost_usd=10.0, usd_per_hour=36.0)
-    assert caps.usd(100, 1) == pytest.approx(1.0)
-    assert caps.usd(100, 4) == pytest.approx(4.0)
-    assert caps.usd(100, 0) == pytest.approx(1.0)
-    assert caps.reached(900, 1, 50) is None
-    assert "9.50 of 10.00 USD are spent, 10.00 when" in str(caps.reached(950, 1, 50))
+    assert caps.usd(400) == pytest.approx(4.0)
+    assert caps.reached(100, 900, 1, 50) is None
+    assert "9.50 of 10.00 USD are spent, 10.00 when" in str(caps.reached(100, 950, 1, 50))
+    assert "9.00 of 10.00 USD are spent, 11.00 when" in str(caps.reached(100, 900, 4, 50))
+
+
+def seconds_after(looks: list[tuple[float, int]]) -> list[float]:
+    """The sum at each look: (when, nodes there), of a run that began at 0."""
+    nodes, sums = NodeSeconds(0.0), []
+    for now, num_nodes in looks:
+        nodes.add(now, num_nodes)
+        sums.append(nodes.total)
+    return sums
+
+
+def test_nodes_that_come_together_cost_from_the_command_on() -> None:
+    assert seconds_after([(10, 0), (60, 4), (160, 4)]) == [10, 240, 640]
+
+
+def test_what_nodes_cost_stays_spent_when_they_go() -> None:
+    assert seconds_after([(0, 8), (25_200, 2), (25_300, 2), (25_400, 0), (25_500, 0)]) == [0, 201_600, 201_800, 202_000, 202_100]
+
+
+def test_a_node_that_comes_late_costs_from_as_long_before_as_the_first_took_to_come() -> None:
+    assert seconds_after([(60, 1), (1060, 3), (1160, 3)]) == [60, 1060 + 2 * 60, 1180 + 300]
+
+
+def test_a_node_that_comes_back_costs_while_it_is_there() -> None:
+    assert seconds_after([(60, 2), (160, 1), (260, 2), (360, 2)]) == [120, 320, 420, 620]
 
 
 def test_the_jobs_own_price_goes_before_the_profiles() -> None:
