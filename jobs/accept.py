@@ -72,7 +72,8 @@ class Accepted:
 
     @property
     def todo(self) -> list[WorkUnit]:
-        return [replace(unit, reuse=self.index) for unit in self.plan.units if unit.index not in self.done]
+        wants = wants_json(self.job)
+        return [replace(unit, reuse=self.index, wants_json=wants) for unit in self.plan.units if unit.index not in self.done]
 
 
 def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
@@ -145,6 +146,13 @@ def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
         new_objects=_new_objects(job, plan, taken) if stored is not None else (),
         changed_objects=tuple(changed_since(plan)) if stored is not None else (),
     )
+
+
+def wants_json(job: JobSpec) -> bool:
+    """Whether completions should be JSON: sampling says so, or this run limits those that are not."""
+    structured, quality = job.sampling.structured_outputs, job.limits.quality
+    asked = structured is not None and (structured.json_ is not None or bool(structured.json_object))
+    return asked or (quality is not None and quality.invalid_json is not None)
 
 
 def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any], rows: int) -> ReplicaPlan | None:

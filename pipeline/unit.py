@@ -51,7 +51,6 @@ from schemas.errors import EngineDead
 from schemas.errors import EngineEvicted
 from schemas.errors import ReplicaLost
 from schemas.errors import UnitError
-from schemas.job import JobSpec
 from schemas.manifest import MAX_EXAMPLES
 from schemas.manifest import UnitReport
 from schemas.unit import WorkUnit
@@ -83,7 +82,7 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
     while (trial := next_trial(_left(unit, history), history.deaths)) is not None:
         history = _try(trial, unit, out_uri, tools, history, clock)
     schema = output_schema(tools.record.input_schema, tools.job)
-    writer, tally = PartWriter(schema, tools.job.output.compression), _Tally(flaws=Flaws(wants_json=_wants_json(tools.job)))
+    writer, tally = PartWriter(schema, tools.job.output.compression), _Tally(flaws=Flaws(wants_json=unit.wants_json))
     walk = Pass(unit, tools, history, out_uri, clock)
     try:
         for chunk in walk.run():
@@ -178,13 +177,6 @@ def _save(error: EngineDead, walk: Pass, positions: Sequence[int], rows: pa.Reco
     if isinstance(error, EngineEvicted):
         raise ReplicaLost(f"unit {walk.unit.index}: its replica was asked to leave; {what}") from None
     raise error
-
-
-def _wants_json(job: JobSpec) -> bool:
-    """Whether completions should be JSON: the job says so, or judges it."""
-    structured = job.sampling.structured_outputs
-    asked = structured is not None and (structured.json_ is not None or bool(structured.json_object))
-    return asked or (job.limits.quality is not None and job.limits.quality.invalid_json is not None)
 
 
 class _Finished:

@@ -36,6 +36,8 @@ class WorkUnit:
     ranges: tuple[RowRange, ...]
     reuse: str | None = None
     """Where, in the output, the index of answers of earlier outputs is; no part of the plan, but of what a run asks for."""
+    wants_json: bool = False
+    """Whether completions that are no JSON are counted; likewise."""
 
     @property
     def num_rows(self) -> int:
@@ -55,16 +57,18 @@ class WorkUnit:
         return part_name(self.index, fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; without an index the same as ever, since the plan's digest is made of it."""
+        """Plain data; what a run does not ask for is not in it, since the plan's digest is made of it."""
         data = asdict(self)
         if self.reuse is None:
             del data["reuse"]
+        if not self.wants_json:
+            del data["wants_json"]
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> WorkUnit:
         ranges = tuple(RowRange(**rows) for rows in data["ranges"])
-        return cls(index=data["index"], ranges=ranges, reuse=data.get("reuse"))
+        return cls(index=data["index"], ranges=ranges, reuse=data.get("reuse"), wants_json=data.get("wants_json", False))
 
 
 def part_name(unit: int, fingerprint: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,9 @@ def test_part_names_sort_as_the_units_do() -> None:
     assert names == sorted(names)
 
 
-def test_a_unit_survives_json() -> None:
+def test_a_unit_survives_json_with_what_a_run_asks_of_it() -> None:
     unit = WorkUnit(index=2, ranges=(rows(4, 6, 14), rows(0, 3, 16)))
-    assert WorkUnit.from_dict(json.loads(json.dumps(unit.to_dict()))) == unit
+    asked = replace(unit, reuse="_tokenmill/reuse", wants_json=True)
+    for each in (unit, asked):
+        assert WorkUnit.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+    assert unit.to_dict().keys() == {"index", "ranges"}, "a plan's digest is made of it"
