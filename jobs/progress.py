@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from typing import TextIO
@@ -14,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cluster.cluster import ReplicaState
 from jobs.driver import Progress
 
 _WINDOW_S = 20.0
@@ -33,29 +35,51 @@ class Speed:
 
 
 class SpeedMeter:
-    """Differences the replicas' counters over a sliding window."""
+    """Sums what replicas have done since they were first seen, and differences that over a sliding window.
+
+    Their own counters begin when an engine comes up, and with `tokenmill worker` that may have been for an earlier job.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._replicas: Sequence[ReplicaState] = ()
+        self._heard: dict[str, tuple[int, int]] = {}
+        """Rows and tokens that a replica said last."""
+        self._rows = self._tokens = 0
         self._seen: deque[tuple[float, int, int]] = deque()
 
     def measure(self, progress: Progress) -> Speed:
         now = self._clock()
-        tokens = sum(replica.completion_tokens for replica in progress.replicas)
-        rows = sum(replica.rows for replica in progress.replicas)
-        if self._seen and tokens < self._seen[-1][1]:
-            self._seen.clear()  # a replica was lost with its counters
-        self._seen.append((now, tokens, rows))
+        self._hear(progress.replicas)
+        self._seen.append((now, self._tokens, self._rows))
         while len(self._seen) > 2 and self._seen[0][0] < now - _WINDOW_S:
             self._seen.popleft()
         since, tokens_then, rows_then = self._seen[0]
         if now - since < 1.0:
             return Speed()
-        rows_per_s = (rows - rows_then) / (now - since)
+        rows_per_s = (self._rows - rows_then) / (now - since)
         # Rows that the engine has finished are nearer to the truth than rows of committed units, which come in lumps.
-        left = progress.total_rows - progress.rows_before - max(rows, progress.totals.rows)
+        left = progress.total_rows - progress.rows_before - max(self._rows, progress.totals.rows)
         eta_s = max(0.0, left / rows_per_s) if rows_per_s > 0 else None
-        return Speed(tokens_per_s=(tokens - tokens_then) / (now - since), rows_per_s=rows_per_s, eta_s=eta_s)
+        return Speed(tokens_per_s=(self._tokens - tokens_then) / (now - since), rows_per_s=rows_per_s, eta_s=eta_s)
+
+    def _hear(self, replicas: Sequence[ReplicaState]) -> None:
+        if replicas is self._replicas:
+            return  # not a word that was not there before
+        there, here = ({replica.name for replica in some} for some in (self._replicas, replicas))
+        begins_anew = bool(there - here)  # fewer go on from here
+        for replica in replicas:
+            now = replica.rows, replica.completion_tokens
+            rows, tokens = self._heard.get(replica.name, now)
+            if now[0] < rows or now[1] < tokens:  # a new engine, which counts from nothing
+                rows, tokens, begins_anew = 0, 0, True
+            elif replica.name in self._heard and replica.name not in there:
+                begins_anew = True  # it was out of reach, and says at once what it did meanwhile
+            self._rows, self._tokens = self._rows + now[0] - rows, self._tokens + now[1] - tokens
+            self._heard[replica.name] = now
+        if begins_anew:
+            self._seen.clear()
+        self._replicas = replicas
 
 
 class Display(Protocol):

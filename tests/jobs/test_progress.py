@@ -105,6 +105,61 @@ def test_a_lost_replica_gives_no_negative_speed() -> None:
     assert speed.tokens_per_s == 500.0
 
 
+def test_what_a_kept_engine_did_for_an_earlier_job_is_not_counted() -> None:
+    """`tokenmill worker` keeps its engines from one job to the next."""
+    clock = FakeClock()
+    meter = SpeedMeter(clock)
+    meter.measure(progress((5_000, 50_000), (7_000, 70_000)))
+    clock.now += 10
+    assert meter.measure(progress((5_050, 50_500), (7_050, 70_500))) == Speed(tokens_per_s=100.0, rows_per_s=10.0, eta_s=90.0)
+
+
+def test_a_kept_engine_that_joins_late_brings_no_leap() -> None:
+    clock = FakeClock()
+    meter = SpeedMeter(clock)
+    meter.measure(progress((0, 0)))
+    clock.now += 5
+    meter.measure(progress((50, 500), (9_000, 90_000)))
+    clock.now += 5
+    assert meter.measure(progress((100, 1000), (9_050, 90_500))) == Speed(
+        tokens_per_s=150.0, rows_per_s=15.0, eta_s=pytest.approx(850 / 15)
+    )
+
+
+def test_rows_that_a_lost_replica_had_answered_stay_answered() -> None:
+    clock = FakeClock()
+    meter = SpeedMeter(clock)
+    meter.measure(progress((0, 0), (0, 0)))
+    clock.now += 10
+    meter.measure(progress((100, 1000), (100, 1000)))
+    clock.now += 2
+    meter.measure(progress((120, 1200)))
+    clock.now += 10
+    assert meter.measure(progress((220, 2200))) == Speed(tokens_per_s=100.0, rows_per_s=10.0, eta_s=68.0)
+
+
+def test_a_new_engine_of_a_replica_counts_from_nothing() -> None:
+    clock = FakeClock()
+    meter = SpeedMeter(clock)
+    meter.measure(progress((300, 3000)))
+    clock.now += 10
+    meter.measure(progress((20, 200)))
+    clock.now += 10
+    assert meter.measure(progress((120, 1200))) == Speed(tokens_per_s=100.0, rows_per_s=10.0, eta_s=88.0)
+
+
+def test_what_replicas_did_while_out_of_reach_is_counted_and_makes_no_speed() -> None:
+    clock = FakeClock()
+    meter = SpeedMeter(clock)
+    meter.measure(progress((0, 0)))
+    clock.now += 2
+    meter.measure(progress())
+    clock.now += 60
+    meter.measure(progress((600, 6000)))
+    clock.now += 5
+    assert meter.measure(progress((650, 6500))) == Speed(tokens_per_s=100.0, rows_per_s=10.0, eta_s=35.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
