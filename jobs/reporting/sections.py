@@ -144,25 +144,35 @@ def summary(evidence: Evidence) -> Section:
 
 def throughput(evidence: Evidence) -> Section | None:
     found = figures.throughput(evidence.units, evidence.account.runs)
-    if not found.tokens_per_s.size or not found.tokens_per_s.any():
+    done, goal = float(found.rows[-1]), evidence.status.rows
+    if not done:
         return None
+    growth = Plot(
+        title="Rows committed",
+        says=f"{done:,.0f} of {goal:,} rows, the dotted line, by units.",
+        svg=plots.growth(found.edges_s, found.rows, goal, found.run_begins_s, unit="rows"),
+    )
+    return Section(title="Throughput over time", plots=(*([_rate(evidence, found)] if found.tokens_per_s.any() else []), growth))
+
+
+def _rate(evidence: Evidence, found: figures.Throughput) -> Plot:
     peak, width_s = float(found.tokens_per_s.max()), float(found.edges_s[1] - found.edges_s[0])
     says = (
         f"At most {number(peak)} output tokens/s, {number(float(found.tokens_per_s.mean()))} in the mean, in steps of {width_s:.2g} s. "
         "Each committed unit's tokens are spread evenly from its first read to its commit."
     )
+    counts = {
+        "copied from identical rows": sum(unit.copied_tokens for unit in evidence.units),
+        "saved by earlier attempts": sum(unit.resumed_tokens for unit in evidence.units),
+    }
+    among = " and ".join(f"{count:,} that were {how}" for how, count in counts.items() if count)
+    says += f" Among them are {among}." if among else ""
+    reused = sum(unit.reused_tokens for unit in evidence.units)
+    says += f" The {reused:,} tokens of rows reused from earlier outputs are not in it." if reused else ""
     if found.run_begins_s:
         says += " Pauses between runs are left out; dashed lines are where runs begin."
-    done, goal = float(found.rows[-1]), evidence.status.rows
-    drawn = (
-        Plot(title="Output tokens/s", says=says, svg=plots.rate(found.edges_s, found.tokens_per_s, found.run_begins_s, unit="tokens/s")),
-        Plot(
-            title="Rows committed",
-            says=f"{done:,.0f} of {goal:,} rows, the dotted line, by units.",
-            svg=plots.growth(found.edges_s, found.rows, goal, found.run_begins_s, unit="rows"),
-        ),
-    )
-    return Section(title="Throughput over time", plots=drawn)
+    svg = plots.rate(found.edges_s, found.tokens_per_s, found.run_begins_s, unit="tokens/s")
+    return Plot(title="Output tokens/s", says=says, svg=svg)
 
 
 def ledger(evidence: Evidence) -> Section:
@@ -347,7 +357,10 @@ def cost(evidence: Evidence) -> Section:
     spent = figures.cost(account.runs, evidence.usd_per_hour)
     if spent is None:
         profiles = sorted({run.profile for run in account.runs if evidence.usd_per_hour[run.run] is None})
-        why = f"Not known: nobody has said what a node of profile {', '.join(profiles)} costs. Set limits.usd_per_hour in the job file."
+        why = (
+            f"Not known: nobody has said what a node of profile {', '.join(profiles)} costs. `tokenmill report --usd-per-hour` says it for "
+            "this page, limits.usd_per_hour in the job file for runs from then on."
+        )
         return Section(title="Cost", words=(why,))
     each = sorted({price for price in evidence.usd_per_hour.values() if price is not None})
     return Section(

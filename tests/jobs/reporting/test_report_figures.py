@@ -65,6 +65,18 @@ def test_a_pause_of_a_day_between_runs_takes_no_room() -> None:
     assert found.tokens_per_s.tolist() == [10.0, 10.0, 10.0, 10.0]
 
 
+def test_tokens_taken_over_from_earlier_outputs_are_no_throughput() -> None:
+    taken_over, half = unit(reused_rows=4, reused_tokens=100), unit(1, started_at=1005.0, reused_rows=2, reused_tokens=50)
+    found = figures.throughput([taken_over, half], [run_of()], num_buckets=2)
+    assert found.tokens_per_s.tolist() == [0.0, 10.0]
+    assert found.rows.tolist() == [0.0, 0.0, 8.0]
+
+
+def test_tokens_copied_or_saved_by_earlier_attempts_are_this_jobs_own_as_in_its_account() -> None:
+    found = figures.throughput([unit(copied_rows=1, copied_tokens=25, resumed_rows=1, resumed_tokens=25)], [run_of()], num_buckets=1)
+    assert found.tokens_per_s.tolist() == [10.0]
+
+
 def test_without_units_and_runs_there_is_nothing_to_draw() -> None:
     assert figures.throughput([], []).tokens_per_s.size == 0
 
@@ -81,6 +93,11 @@ def test_balance_adds_up_by_node_or_by_replica() -> None:
     assert (a.name, a.replicas, a.units, a.rows, a.output_tokens, a.lifetime_s, a.busy_s) == ("a", 2, 2, 8, 200, 20.0, 16.0)
     assert (b.name, b.output_tokens) == ("b", 50)
     assert [share.name for share in figures.balance(units, replicas, by_node=False)] == ["a-0", "a-1", "b-0"]
+
+
+def test_balance_leaves_out_what_earlier_outputs_gave() -> None:
+    units = [unit(0), unit(1, worker="b-0", reused_rows=3, reused_tokens=80)]
+    assert [share.output_tokens for share in figures.balance(units, [replica("a-0"), replica("b-0")], by_node=True)] == [100, 20]
 
 
 def test_bins_are_whole_tokens_and_hold_every_row() -> None:
