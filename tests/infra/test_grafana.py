@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.metrics import Snapshot
 from jobs.metrics import run_families
 from pipeline.metrics import replica_families
+from schemas.job import ClusterSpec
+from tests.test_documents import fences
 
 _DASHBOARD = Path(__file__).resolve().parents[2] / "infra" / "grafana" / "tokenmill.json"
+_PAGE = _DASHBOARD.with_name("README.md")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STRING = re.compile(r'"[^"]*"')
 _FUNCTIONS = {"sum", "rate", "increase", "or", "and", "by", "on", "vector", "label_values"}
@@ -77,3 +81,19 @@ def test_panels_have_places_of_their_own_and_names() -> None:
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard()["panels"]]
     assert len(set(places)) == len(places)
     assert all(panel["title"] and panel["datasource"] == {"type": "prometheus", "uid": "${source}"} for panel in dashboard()["panels"])
+
+
+@pytest.mark.parametrize("panel", dashboard()["panels"], ids=lambda panel: panel["title"])
+def test_a_panel_shows_the_chosen_jobs_or_says_that_it_is_of_replicas(panel: dict[str, Any]) -> None:
+    """What replicas serve has no job."""
+    chosen = ['{job_name=~"$job_name"}' in target["expr"] for target in panel["targets"]]
+    assert all(chosen) or "replica" in panel["title"]
+    assert not any(chosen) or not any("tokenmill_replica_" in target["expr"] for target in panel["targets"])
+
+
+def test_the_page_has_prometheus_ask_a_driver_and_the_replicas_of_a_node() -> None:
+    job, prometheus = (yaml.safe_load(block) for name, block in fences(_PAGE.read_text()) if name == "yaml")
+    cluster = ClusterSpec(**job["cluster"])
+    (config,) = prometheus["scrape_configs"]
+    (targets,) = [one["targets"] for one in config["static_configs"]]
+    assert targets == [f"{cluster.metrics_host}:{port}" for port in (cluster.metrics_port, *map(cluster.metrics_port_of, range(8)))]
