@@ -28,6 +28,11 @@ def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_the_real_engine(path: Path) -> None:
+    assert "simulated" not in path.read_text()
+
+
 @pytest.mark.engine
 @pytest.mark.long
 @pytest.mark.timeout(600)
