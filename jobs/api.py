@@ -10,7 +10,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -22,6 +21,9 @@ import yaml
 from jobs.accept import Accepted
 from jobs.accept import accept
 from jobs.accept import store
+from jobs.canary_rows import canary_of
+from jobs.canary_rows import some_of
+from jobs.canary_rows import where
 from jobs.caps import caps_of
 from jobs.cluster.cluster import Cluster
 from jobs.driver import LIGHTEST
@@ -33,11 +35,11 @@ from jobs.finish import read_reports
 from jobs.metrics import RunMetrics
 from jobs.metrics import served
 from jobs.metrics import snapshot
-from jobs.outputs import committed
-from jobs.outputs import shown_columns
 from jobs.plan import Taken
+from jobs.plan import canary_rows
 from jobs.plan import canary_units
 from jobs.progress import Display
+from jobs.progress import LiveDisplay
 from jobs.progress import Speed
 from jobs.progress import SpeedMeter
 from jobs.progress import make_display
@@ -71,7 +73,6 @@ __all__ = ["PlanReport", "RunResult", "StoppedAtOnce", "cancel", "load_job", "pl
 
 _STATUS_EVERY_S = 5.0
 _YAML_CHARACTERS = 500
-_CANARY_SHOWN = 5
 _CANARY_CHARACTERS = 300
 _EXIT_CODES = {"complete": EXIT_COMPLETE, "failed": EXIT_UNITS_FAILED, "limit": EXIT_LIMIT_REACHED, "drained": EXIT_DRAINED}
 
@@ -299,7 +300,7 @@ def _drive(
         nonlocal next_status, canary_shown
         while progress.notes:
             display.say(progress.notes.pop(0))
-        if progress.canary == "done" and not canary_shown:
+        if progress.canary in ("done", "stopped") and not canary_shown:
             canary_shown = True
             with _spoken("the canary's rows", display):
                 _show_canary(accepted, display)
@@ -328,14 +329,27 @@ def _drive(
 
 
 def _show_canary(accepted: Accepted, display: Display) -> None:
-    """A few of its rows, for people: on the user's own terminal, never in a log of ours."""
-    first = canary_units(accepted.plan, accepted.job.canary)
-    found = committed(accepted.out_uri)
-    found = replace(found, units=tuple(unit for unit in found.units if unit.index in first))
-    display.say(f"canary: {found.rows:,} rows are done; some of them:")
-    for row in found.spread(_CANARY_SHOWN, shown_columns(found)):
+    """A few of its rows to whoever sits at this terminal; where what we print may be kept, only where they lie."""
+    canary = canary_of(accepted.out_uri)
+    if not canary.units:
+        return  # the run ended before its first one
+    if not isinstance(display, LiveDisplay):
+        display.say(f"{where(canary)}; a few are shown on a terminal and in notebooks only")
+        return
+    display.say(f"{where(canary)}; some of them:")
+    for row in some_of(canary):
         words = [f"{name}: {str(value)[:_CANARY_CHARACTERS]}" for name, value in row.items() if value is not None]
         display.say("  " + "\n    ".join(words))
+
+
+def _say_no_canary(accepted: Accepted, display: Display) -> None:
+    """Where one is asked for that the units of an output, cut by the run that began it, do not have."""
+    plan_, canary = accepted.plan, accepted.job.canary
+    if accepted.todo and canary_rows(plan_.num_rows, canary) and not canary_units(plan_, canary):
+        display.say(
+            f"canary: no {canary:,} rows go first, since {accepted.out_uri} was begun without this canary and its units stay as they are; "
+            "limits.quality judges them all the same. For a canary, give another output, and reuse: this one"
+        )
 
 
 def _say_beginning(accepted: Accepted, display: Display) -> None:
@@ -344,6 +358,7 @@ def _say_beginning(accepted: Accepted, display: Display) -> None:
     display.say(f"job {accepted.job.name} ({short}): {plan_.num_rows:,} rows in {len(plan_.units)} units to {accepted.out_uri}")
     if accepted.begun:
         display.say(f"begun by an earlier run: {len(accepted.done)} of {len(plan_.units)} units are done and stay as they are")
+        _say_no_canary(accepted, display)
     if accepted.cut is not None and accepted.cut.found:
         display.say(accepted.cut.found)
     if storage.check_can_create(accepted.out_uri) == "overwrite":

@@ -14,15 +14,20 @@ _WORDS = {
 }
 
 
-def tripped(limits: LimitsSpec, totals: Totals) -> str | None:
-    """Which limit is passed, with figures and rows to look at; None while none is."""
+def tripped(limits: LimitsSpec, totals: Totals, *, however_few: bool = False) -> str | None:
+    """Which limit is passed, with figures and rows to look at; None while none is.
+
+    Shares wait for `after_rows`; at a canary's end they count, `however_few` its rows are.
+    """
     if limits.error_rows is not None and totals.error_rows > limits.error_rows:
         return f"limits.error_rows is {limits.error_rows}, and {totals.error_rows} rows came out as errors"
-    return _tripped(limits.quality, totals) if limits.quality is not None else None
+    if limits.quality is None:
+        return None
+    return _tripped(limits.quality, totals, after_rows=1 if however_few else limits.quality.after_rows)
 
 
-def _tripped(quality: QualitySpec, totals: Totals) -> str | None:
-    if totals.rows < quality.after_rows:
+def _tripped(quality: QualitySpec, totals: Totals, *, after_rows: int) -> str | None:
+    if totals.rows < after_rows:
         return None
     for flaw, most in quality.judged.items():
         count = totals.error_rows if flaw == "errors" else totals.flaws.get(flaw, 0)

@@ -92,8 +92,8 @@ class Progress:
     dashboard: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
     """The EngineInfo of the replica heard of first, as plain data."""
-    canary: Literal["", "running", "done"] = ""
-    """Whether rows that run first are still at it."""
+    canary: Literal["", "running", "done", "stopped"] = ""
+    """Whether rows that run first are still at it; stopped where the run ended before their last one."""
     usd: float | None = None
     """What this run's nodes have cost, where their price is known."""
     notes: list[str] = field(default_factory=list)
@@ -206,9 +206,9 @@ class Driver:
         """Engine seconds, and what is capped, count from `began` on the clock; by default from now."""
         self._accepted, self._cluster, self._clock = accepted, cluster, clock
         self._job = accepted.job
-        canary = canary_units(accepted.plan, accepted.job.canary)
-        first = [unit for unit in accepted.todo if unit.index in canary]
-        self._held = [unit for unit in accepted.todo if unit.index not in canary] if first else []
+        self._canary = canary_units(accepted.plan, accepted.job.canary)
+        first = [unit for unit in accepted.todo if unit.index in self._canary]
+        self._held = [unit for unit in accepted.todo if unit.index not in self._canary] if first else []
         self._ready: list[WorkUnit] = list(reversed(first or accepted.todo))
         self._later: list[tuple[float, int, WorkUnit]] = []  # (when, unit index, unit): a heap
         self._flying: dict[int, Flying] = {}
@@ -257,6 +257,8 @@ class Driver:
                 break
             self._collect()
             on_tick(progress)
+        if progress.canary == "running":
+            progress.canary = "stopped" if self._ready or self._later else "done"
         if self._stop is not None:
             raise self._stop
         progress.state = self._final_state()
@@ -264,12 +266,18 @@ class Driver:
         return progress
 
     def _release(self) -> bool:
-        """What waited for the canary, now that it is done and its rows were judged; whether there was anything."""
-        held, self._held = self._held, []
-        if held:
-            self._ready = list(reversed(held))
-            self.progress.canary = "done"
-        return bool(held)
+        """Now that the canary is over: let go what waited for it, if its rows are good enough, few as they may be; whether any did."""
+        if not self._held:
+            return False
+        self.progress.canary = "done"
+        if self._canary <= self.progress.failed.keys():
+            self._say("every unit of the canary was given up: the rest does not begin")
+            self.drain()
+        elif (reason := tripped(self._job.limits, self.progress.totals, however_few=True)) is not None:
+            self._stop_at(reason)
+        else:
+            self._ready, self._held = list(reversed(self._held)), []
+        return bool(self._ready)
 
     def _final_state(self) -> State:
         if self.progress.failed:
@@ -328,9 +336,12 @@ class Driver:
             now - self._began, node_seconds.total, self._num_nodes, usual_s
         )
         if reason is not None:
-            self._capped = True
-            self._say(f"{reason}: draining; the same command with a higher limit goes on")
-            self.drain()
+            self._stop_at(reason)
+
+    def _stop_at(self, reason: str) -> None:
+        self._capped = True
+        self._say(f"{reason}: draining; the same command with a higher limit goes on")
+        self.drain()
 
     def _submit(self) -> None:
         num_replicas = len(self.progress.replicas)

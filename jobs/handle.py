@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import sys
 import time
@@ -13,7 +14,11 @@ from typing import Self
 
 import pyarrow as pa
 
+from jobs.canary_rows import canary_of
+from jobs.canary_rows import some_of
+from jobs.canary_rows import where
 from jobs.live import Live
+from jobs.live import View
 from jobs.live import look
 from jobs.outputs import Committed
 from jobs.outputs import committed
@@ -100,11 +105,13 @@ class Job:
             while not self._over():
                 if live is not None and (view := look(self.output)) is not None:
                     live.update(view)
+                    self._show_canary(live, view)
                 if until is not None and time.monotonic() >= until:
                     return self
                 time.sleep(_LOOK_EVERY_S if until is None else max(0.0, min(_LOOK_EVERY_S, until - time.monotonic())))
             if live is not None and (view := look(self.output)) is not None:
                 live.update(view)
+                self._show_canary(live, view)
         except KeyboardInterrupt:
             print("the job goes on; .wait() waits again, .cancel() drains it", file=sys.stderr)
             return self
@@ -177,6 +184,15 @@ class Job:
         if self._started is not None:
             return self._started.exit_code is not None
         return read_status(self.output).state in _ENDED
+
+    def _show_canary(self, live: Live, view: View) -> None:
+        """Its rows, once, as soon as they are all there."""
+        if not view.canary_over or live.has_shown:
+            return
+        with contextlib.suppress(TokenmillError, OSError):  # tried again in a moment
+            canary = canary_of(self.output)
+            if canary.units:
+                live.show(Rows(tuple(some_of(canary)), where(canary)), where(canary))
 
     def _committed(self, *, say: bool = True) -> Committed:
         found = committed(self.output)

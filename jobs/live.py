@@ -58,6 +58,8 @@ class View:
     links: tuple[str, ...] = ()
     age_s: float | None = None
     """Of the driver's last word."""
+    canary_over: bool = False
+    """Whether the rows that ran first, if any did, can be looked at."""
 
 
 def view_of(status: Status) -> View:
@@ -92,6 +94,7 @@ def view_of(status: Status) -> View:
         replicas=len(said.get("replicas", [])) if running else 0,
         links=tuple(link for link in (said.get("dashboard"),) if link and running),
         age_s=status.age_s,
+        canary_over=said.get("canary") in ("done", "stopped"),
     )
 
 
@@ -161,6 +164,10 @@ class Drawing(Protocol):
 
     def update(self, view: View) -> None: ...
 
+    def show(self, rows: object, note: str) -> None:
+        """Rows beside it, once; only the note where it is kept in a file."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -169,9 +176,15 @@ class Live:
 
     def __init__(self) -> None:
         self._drawing = _notebook() or (_Terminal() if sys.stderr.isatty() else _Lines())
+        self.has_shown = False
+        """Whether rows were shown beside it."""
 
     def update(self, view: View) -> None:
         self._drawing.update(view)
+
+    def show(self, rows: object, note: str) -> None:
+        self.has_shown = True
+        self._drawing.show(rows, note)
 
     def close(self) -> None:
         self._drawing.close()
@@ -184,6 +197,9 @@ class _Terminal:
 
     def update(self, view: View) -> None:
         self._live.update(in_rich(view), refresh=True)
+
+    def show(self, rows: object, note: str) -> None:
+        self._live.console.print(repr(rows), markup=False, highlight=False)
 
     def close(self) -> None:
         self._live.stop()
@@ -200,6 +216,9 @@ class _Lines:
             self._next, self._state = self._clock() + _LINE_EVERY_S, view.state
             print("; ".join(text for _, text in facts(view)), file=sys.stderr, flush=True)
 
+    def show(self, rows: object, note: str) -> None:
+        print(note, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         return
 
@@ -208,11 +227,14 @@ class _Widget:
     """ipywidgets, which keep their place and last state in a saved notebook."""
 
     def __init__(self, widgets: Any, display: Callable[..., Any]) -> None:
-        self._html = widgets.HTML()
+        self._html, self._display = widgets.HTML(), display
         display(self._html)
 
     def update(self, view: View) -> None:
         self._html.value = in_html(view)
+
+    def show(self, rows: object, note: str) -> None:
+        self._display(rows)
 
     def close(self) -> None:
         return
@@ -222,11 +244,14 @@ class _Output:
     """IPython's own display, where ipywidgets are not installed."""
 
     def __init__(self, display: Callable[..., Any], as_html: Callable[[str], Any]) -> None:
-        self._as_html = as_html
+        self._as_html, self._display = as_html, display
         self._handle = display(as_html(""), display_id=True)
 
     def update(self, view: View) -> None:
         self._handle.update(self._as_html(in_html(view)))
+
+    def show(self, rows: object, note: str) -> None:
+        self._display(rows)
 
     def close(self) -> None:
         return

@@ -266,13 +266,15 @@ def canary_rows(num_rows: int, canary: int | None) -> list[range]:
 
 
 def canary_units(plan: Plan, canary: int | None) -> frozenset[int]:
-    """Units that hold such rows and no others, as `cut` makes them."""
+    """Units that hold such rows and no others, as `cut` makes them; none where the plan was cut for another canary, or for none."""
     wanted = canary_rows(plan.num_rows, canary)
-    return frozenset(
-        unit.index
+    found = [
+        unit
         for unit in plan.units
         if unit.num_rows and any(rows.start <= unit.position and unit.position + unit.num_rows <= rows.stop for rows in wanted)
-    )
+    ]
+    whole = sum(unit.num_rows for unit in found) == sum(map(len, wanted))
+    return frozenset(unit.index for unit in found) if whole else frozenset()
 
 
 def cut(objects: Iterable[InputObject], *, max_tokens: int, canary: int | None = None) -> tuple[WorkUnit, ...]:

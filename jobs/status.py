@@ -75,6 +75,7 @@ def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAcc
         "replicas": [asdict(replace(replica, ledger=None, engine={})) for replica in progress.replicas],
         "usd": None if progress.usd is None else round(progress.usd, 4),
         "dashboard": progress.dashboard,
+        "canary": progress.canary,
     }
     if account is not None:
         said["account"] = account.model_dump(mode="json")

@@ -13,7 +13,7 @@ Flaw = Literal["errors", "truncated", "repeated", "invalid_json"]
 
 
 class QualitySpec(Frozen):
-    """Shares of rows, from 0 to 1; one that is not given is not judged. Rows of one run count, from `after_rows` on."""
+    """Shares of rows, from 0 to 1; those not given are not judged. Rows of one run count, from `after_rows` on and at a canary's end."""
 
     errors: float | None = Field(default=None, ge=0, le=1)
     truncated: float | None = Field(default=None, ge=0, le=1)

@@ -418,10 +418,11 @@ def test_nothing_that_is_printed_repeats_a_prompt(write_job: WriteJob, write_tab
     ]
     write_table([{"chat": chat} for chat in chats])
     job = write_job()
-    done = [tokenmill(name, job, "--messages", "chat") for name in ("plan", "run")]
+    done = [tokenmill("plan", job, "--messages", "chat"), tokenmill("run", job, "--messages", "chat", "--canary", "2")]
     done += [tokenmill("status", tmp_path / "out"), tokenmill("verify", tmp_path / "out")]
     assert [result.exit_code for result in done] == [0, 0, 0, 0]
     assert "error rows" in done[1].stdout
+    assert "canary: 2 rows are done, in part-" in done[1].stderr
     for result in done:
         assert "patient" not in result.stdout + result.stderr
     lying = [path for path in (tmp_path / "out" / layout.FOLDER).rglob("*") if path.is_file()]

@@ -33,6 +33,7 @@ from jobs.driver import slow_unit
 from jobs.driver import units_at_once
 from jobs.driver import wanted_rows
 from jobs.plan import Plan
+from jobs.plan import canary_units
 from jobs.verify import verify
 from pipeline import storage
 from schemas import layout
@@ -326,6 +327,40 @@ def test_more_error_rows_than_the_limit_stop_the_job_undone(make_job: MakeJob, a
     assert progress.state == "limit"
     assert 3 <= progress.totals.units < 10
     assert progress.totals.error_rows == 2 * progress.totals.units
+
+
+def test_a_canary_whose_every_unit_is_given_up_ends_the_run(make_job: MakeJob, write_table: WriteTable) -> None:
+    write_table([{"id": index, "prompt": f"question {index}"} for index in range(160)])
+    accepted = store(accept(make_job(canary=16, limits={"attempts": 1})))
+    canary = canary_units(accepted.plan, 16)
+    cluster = ScriptedCluster(lambda unit, attempt: UnitError("no") if unit.index in canary else report_of(unit))
+    progress = Driver(accepted, cluster).run()
+    assert (progress.state, progress.canary, progress.failed.keys()) == ("failed", "done", canary)
+    assert {unit for unit, _, _ in cluster.submitted} == canary
+    assert progress.notes[-1] == "every unit of the canary was given up: the rest does not begin"
+
+
+def test_a_canary_with_a_unit_left_is_judged_by_that(make_job: MakeJob, write_table: WriteTable) -> None:
+    write_table([{"id": index, "prompt": f"question {index}"} for index in range(160)])
+    accepted = store(accept(make_job(canary=16, limits={"attempts": 1, "quality": {"errors": 0.5}})))
+    _, *others = sorted(canary_units(accepted.plan, 16))
+
+    def run_with(error_rows: int) -> Progress:
+        answer = {index: UnitError("no") for index in others}
+        return Driver(accepted, ScriptedCluster(lambda unit, attempt: answer.get(unit.index) or report_of(unit, error_rows))).run()
+
+    assert run_with(1).totals.rows == 160 - 14
+    bad = run_with(2)
+    assert (bad.state, bad.totals.units) == ("failed", 1)
+    assert "limits.quality.errors is 0.5, and 2 of 2 rows (100.0%) are error rows" in bad.notes[-1]
+
+
+def test_a_canary_that_is_drained_was_stopped(make_job: MakeJob, write_table: WriteTable) -> None:
+    write_table([{"id": index, "prompt": f"question {index}"} for index in range(160)])
+    accepted = store(accept(make_job(canary=16)))
+    driver = Driver(accepted, ScriptedCluster(lambda unit, attempt: report_of(unit)))
+    driver.drain()
+    assert (driver.run().state, driver.progress.canary) == ("drained", "stopped")
 
 
 def test_as_many_error_rows_as_the_limit_are_allowed(make_job: MakeJob, accepted: Accepted) -> None:

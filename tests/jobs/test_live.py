@@ -68,3 +68,9 @@ def test_a_terminal_shows_the_same_words() -> None:
     text = console.export_text()
     assert "5 of 10 (50%) in 1 of 2 units" in text
     assert "━" * 20 + "╌" * 20 in text
+
+
+def test_a_canary_can_be_looked_at_once_it_is_over() -> None:
+    seen = {canary: view_of(status({**SAID, "canary": canary})).canary_over for canary in ("", "running", "done", "stopped")}
+    assert seen == {"": False, "running": False, "done": True, "stopped": True}
+    assert not view_of(status({})).canary_over

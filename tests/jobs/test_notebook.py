@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import subprocess
 import sys
 import time
@@ -17,9 +18,11 @@ import pytest
 import yaml
 
 import jobs
+from jobs.api import run
 from jobs.handle import Job
 from jobs.handle import JobFailed
 from jobs.handle import Rows
+from jobs.live import _Output
 from jobs.notebook import make_job
 from schemas.errors import JobError
 from schemas.job import JobSpec
@@ -160,6 +163,55 @@ def test_a_sample_is_from_all_over_and_can_be_looked_at(finished: Job) -> None:
     assert "<table>" in sample._repr_html_()
     assert len(finished.sample(0)) == 0
     assert len(finished.sample(1000)) == 40
+
+
+class Screen:
+    """What a notebook displays, and the handle that it gives for it."""
+
+    def __init__(self) -> None:
+        self.shown: list[Any] = []
+
+    def __call__(self, shown: Any, **_: Any) -> Screen:
+        self.shown.append(shown)
+        return self
+
+    def update(self, shown: Any) -> None:
+        self.shown[0] = shown
+
+
+@pytest.fixture
+def with_canary(make_job: Callable[..., JobSpec], write_table: Callable[..., Path]) -> str:
+    """The output of a job whose canary had two bad rows; this process ran it."""
+    write_table(pa.table({"prompt": [None if row in (151, 152) else f"question {row}" for row in range(400)]}))
+    return run(make_job(canary=80), stream=io.StringIO()).out_uri
+
+
+def test_a_notebook_shows_the_canarys_rows_as_a_table_once(with_canary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr("jobs.live._notebook", lambda: _Output(screen, str))
+    Job(with_canary).wait()
+    _, rows = screen.shown
+    assert isinstance(rows, Rows)
+    assert [row["error"]["kind"] for row in rows.rows if row["row"] == 151] == ["empty_prompt"]
+    assert "canary: 80 rows are done, in part-00000000-" in rows.note
+    assert "question 304" in rows._repr_html_()
+
+
+def test_where_what_is_said_is_kept_the_canarys_rows_are_only_named(with_canary: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Job(with_canary).wait()
+    said = capsys.readouterr().err
+    assert said.count("canary: 80 rows are done, in part-00000000-") == 1
+    assert "question" not in said
+
+
+@pytest.mark.slow
+def test_what_a_process_stores_of_its_words_has_no_prompt_of_a_canary(
+    fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = jobs.run(TABLE, canary=8, **fields)
+    assert "canary: 8 rows are done" in capsys.readouterr().err
+    assert "canary: 8 rows are done" in job.log(200)
+    assert "question" not in job.log(200)
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def test_status_says_what_the_driver_said_last(begun: Path) -> None:
         "failed_units": {"2": "UnitError: no"},
         "usd": None,
         "dashboard": None,
+        "canary": "",
     }
     assert [replica["name"] for replica in status.said["replicas"]] == ["local-0"]
 
