@@ -35,13 +35,15 @@ from tests.batch_http import serving
 from tests.commands import TOKENMILL
 from tests.commands import Command
 from tests.test_documents import fences
+from tests.test_documents import is_of_prometheus
 from tests.test_documents import parse
 from tests.test_documents import without_fences
 
 _ROOT = Path(__file__).resolve().parent.parent
 _GSM8K = _ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl"
-_README, _JOBS, _PIPELINE, _CLUSTER, _CHAOS, _INFRA = _PAGES = (
+_README, _JOBS, _PIPELINE, _CLUSTER, _CHAOS, _INFRA, _GRAFANA = _PAGES = (
     "README.md", "jobs/README.md", "pipeline/README.md", "jobs/cluster/README.md", "tests/chaos/README.md", "infra/README.md",
+    "infra/grafana/README.md",
 )  # fmt: skip
 _ROWS = 18
 """README generates row 17 once more."""
@@ -71,6 +73,7 @@ NOT_RUN = {
     (_INFRA, "tokenmill scheduler --keys ./keys"): "its keys went through Azure; jobs/cluster/README.md's is run",
     (_INFRA, "tokenmill run job.yaml"): "its nodes are a scale set; jobs/cluster/README.md's is run",
     (_INFRA, "curl "): "asks Azure's price list, in the internet",
+    (_GRAFANA, "scrape_configs:"): "is for Prometheus; tests/infra/test_grafana.py reads it",
     (_INFRA, "docker "): _DOCKER,
 }
 """By page and how the command begins: why it is not run."""
@@ -282,7 +285,10 @@ def test_what_is_not_run_is_not_changed_either(table: _Table) -> None:
     assert changed == []
 
 
-@pytest.mark.parametrize(("page", "block"), [(page, block) for page in _PAGES for block in yaml_blocks(page)])
+_OF_JOBS = [(page, block) for page in _PAGES for block in yaml_blocks(page) if not is_of_prometheus(block)]
+
+
+@pytest.mark.parametrize(("page", "block"), _OF_JOBS)
 def test_yaml_on_a_page_is_a_job_or_part_of_one(page: str, block: str) -> None:
     parse_job({**job_file(), **yaml.safe_load(block)})
 
@@ -312,7 +318,9 @@ def test_readme_runs_with_the_demo_model_on_the_real_engine(azure_reader: Reader
     assert all(pq.read_table(part)["completion"].to_pylist())
 
 
-_FRAGMENTS = [(page, block) for page in (_JOBS, _PIPELINE, _CHAOS) for block in yaml_blocks(page) if row_of(NOT_RUN, page, block) is None]
+_FRAGMENTS = [
+    (page, block) for page in (_JOBS, _PIPELINE, _CHAOS, _GRAFANA) for block in yaml_blocks(page) if row_of(NOT_RUN, page, block) is None
+]
 
 
 @pytest.mark.long
@@ -358,7 +366,7 @@ def test_the_page_on_clusters_runs_on_azurite_and_the_tests_own_batch_service(
             assert f"complete: {_ROWS} of {_ROWS} rows" in azure_reader.types(_CLUSTER, f"tokenmill verify {output}")
 
 
-@pytest.mark.parametrize("page", [_JOBS, _PIPELINE, _CHAOS, _INFRA])
+@pytest.mark.parametrize("page", [_JOBS, _PIPELINE, _CHAOS, _INFRA, _GRAFANA])
 def test_pages_without_a_test_of_their_own_have_no_command_that_runs_here(page: str) -> None:
     assert [command for command in commands_of(page) if row_of(NOT_RUN, page, command) is None] == []
     assert [language for language, _ in of_page(page) if language == "python"] == []
