@@ -198,7 +198,9 @@ def check_credentials(found: Iterable[str], recipe: Callable[[], str]) -> Check:
     try:
         how = recipe()
     except JobError as error:
-        return Check(name="credentials", state="missing", found=str(error), fix="see README, Azure storage")
+        return Check(
+            name="credentials", state="missing", found=str(error), fix="see jobs/README.md, Where inputs, outputs and models may lie"
+        )
     if not names:
         return Check(name="credentials", state="note", found=f"none by name; Azure storage by {how}", fix="az login")
     return Check(name="credentials", state="ok", found=f"{names}; Azure storage by {how}")

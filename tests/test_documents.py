@@ -19,13 +19,17 @@ from schemas.job import parse_job
 
 _ROOT = Path(__file__).resolve().parent.parent
 _README, _CONTRIBUTING, _CHANGELOG = _ROOT / "README.md", _ROOT / "CONTRIBUTING.md", _ROOT / "CHANGELOG.md"
-_PAGES = [_README, *(_ROOT / folder / "README.md" for folder in ("jobs", "pipeline", "jobs/cluster", "tests/chaos", "infra"))]
+_PAGES = [
+    _README,
+    *(_ROOT / folder / "README.md" for folder in ("jobs", "pipeline", "jobs/cluster", "tests/chaos", "infra", "infra/grafana")),
+]
 """What users read: first steps, and a page beside each part."""
 _DOCUMENTS = [*_PAGES, _CONTRIBUTING]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PATH = re.compile(r"(?<![\w./~$-])((?:schemas|pipeline|jobs|infra|tests|\.ci)/[\w./*-]*)")
 _TOP_FILE = re.compile(r"`((?:[A-Z][A-Za-z]*\.md)|LICENSE|Makefile|pyproject\.toml)`")
 _LINK = re.compile(r"\]\(([^)#]+)\)")
+_POINTER = re.compile(r"\b[Ss]ee ([\w/]*README(?:\.md)?)(?:, ([A-Z][^.;)]*))?")
 
 
 def blocks(path: Path, language: str | None = None) -> list[str]:
@@ -36,6 +40,11 @@ def blocks(path: Path, language: str | None = None) -> list[str]:
 def fences(text: str) -> list[tuple[str, str]]:
     """Language and body of every code block, in order."""
     return [(name, body) for name, body in _FENCE.findall(text)]
+
+
+def is_of_prometheus(block: str) -> bool:
+    """No job, nor part of one; tests/infra/test_grafana.py reads it."""
+    return block.startswith("scrape_configs:")
 
 
 def without_fences(text: str) -> str:
@@ -112,6 +121,31 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert [link for link in local if not (path.parent / link).exists()] == []
 
 
+def pointers() -> list[tuple[str, str]]:
+    """Page and section of every `see PAGE, SECTION` in help texts, messages and docstrings; the section is empty where none is named."""
+    files = [path for package in ("schemas", "pipeline", "jobs") for path in (_ROOT / package).rglob("*.py")]
+    texts = [node.value for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    return [found for text in texts if isinstance(text, str) for found in _POINTER.findall(" ".join(text.split()))]
+
+
+def sections(page: str) -> list[str]:
+    return re.findall(r"^##+ (.*)$", without_fences((_ROOT / page).read_text()), re.MULTILINE) if page.endswith(".md") else []
+
+
+def test_a_section_that_a_message_names_is_on_its_page() -> None:
+    """Exactly as its heading is."""
+    assert len(pointers()) >= 3
+    assert [(page, section) for page, section in pointers() if section not in sections(page)] == []
+
+
+def test_a_pointer_to_nothing_would_be_found() -> None:
+    """The control of the one above."""
+    said = "no TLS; see README, Security. See `tokenmill run --help`; see README. (see jobs/README.md, Reuse)"
+    assert _POINTER.findall(said) == [("README", "Security"), ("README", ""), ("jobs/README.md", "Reuse")]
+    assert sections("README") == []
+    assert "Reuse" in sections("jobs/README.md")
+
+
 def test_make_targets_that_are_mentioned_exist() -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (_ROOT / "Makefile").read_text(), re.MULTILINE))
     mentioned = set()
@@ -148,7 +182,7 @@ def test_markers_that_are_mentioned_exist() -> None:
 
 
 def test_job_files_in_the_pages_are_accepted() -> None:
-    whole = [yaml.safe_load(block) for page in _PAGES for block in blocks(page, "yaml")]
+    whole = [yaml.safe_load(block) for page in _PAGES for block in blocks(page, "yaml") if not is_of_prometheus(block)]
     jobs = [data for data in whole if "model" in data]
     assert jobs
     base = jobs[0]

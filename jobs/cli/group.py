@@ -76,8 +76,14 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--scheduler", help="With --cluster address: the scheduler, as in tls://10.0.0.4:8786."),
             click.option("--rendezvous", help="Instead of --scheduler: the folder or URI where it publishes its address."),
             click.option("--keys", help="With --cluster address: the folder that `tokenmill keys` made."),
-            click.option("--insecure", is_flag=True, default=None, help="With --cluster address: no TLS; see README, Security."),
-            click.option("--metrics-port", type=int, help="Serve Prometheus metrics there, on the loopback interface; see README."),
+            click.option(
+                "--insecure", is_flag=True, default=None, help="With --cluster address: no TLS; see jobs/cluster/README.md, Security."
+            ),
+            click.option(
+                "--metrics-port",
+                type=int,
+                help="Serve Prometheus metrics there, on the loopback interface; see jobs/README.md, Metrics while it runs.",
+            ),
             click.option("--replicas", type=int, help="Engine replicas; by default what the profile finds good."),
             click.option(
                 "--set",
