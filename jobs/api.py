@@ -33,6 +33,7 @@ from jobs.driver import units_at_once
 from jobs.finish import finish
 from jobs.finish import read_reports
 from jobs.metrics import RunMetrics
+from jobs.metrics import addresses
 from jobs.metrics import served
 from jobs.metrics import snapshot
 from jobs.plan import Taken
@@ -290,7 +291,8 @@ def _drive(
             over = progress.state not in ("starting", "running", "draining")
             account = log.at_end(driver) if over else log.so_far(driver)
             metrics.tell(snapshot(progress, account))
-            write_status(accepted.out_uri, progress, speed, account)
+            served_at = addresses(accepted.job.cluster, [replica.name for replica in progress.replicas])
+            write_status(accepted.out_uri, progress, speed, account, metrics=served_at)
         except Exception as error:  # whatever the store's SDK raises
             if not status_failed:
                 display.say(f"the status cannot be written: {type(error).__name__}: {error}")

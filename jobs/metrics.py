@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from jobs.driver import Progress
 from pipeline.metrics import Server
+from schemas.job import ClusterSpec
 from schemas.job import JobSpec
 from schemas.ledger import KINDS
 from schemas.ledger import RunAccount
@@ -128,6 +130,17 @@ def run_families(job: str, told: Snapshot) -> Iterator[Metric]:
     state = InfoMetricFamily("tokenmill_run_state", "How the run stands.", labels=["job_name"])
     state.add_metric([job], {"state": told.state})
     yield state
+
+
+def addresses(cluster: ClusterSpec, replicas: Iterable[str]) -> list[str]:
+    """Where metrics of a run are served, as far as its driver knows: its own, then those of the replicas that are on its machine."""
+    if cluster.metrics_port is None:
+        return []
+    everywhere = cluster.metrics_host in ("0.0.0.0", "::")
+    host = socket.gethostname() if everywhere else cluster.metrics_host
+    here = replicas if cluster.kind == "local" else ()
+    ports = [cluster.metrics_port, *sorted(cluster.metrics_port + 1 + int(name.rpartition("-")[2]) for name in here)]
+    return [f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics" for port in ports]
 
 
 @contextmanager

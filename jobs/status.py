@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
@@ -14,9 +16,11 @@ from typing import Any
 from jobs.accept import committed_units
 from jobs.accept import load_job_of
 from jobs.driver import Progress
+from jobs.plan import Plan
 from jobs.progress import Speed
 from pipeline import storage
 from schemas import layout
+from schemas.errors import JobError
 from schemas.ledger import RunAccount
 
 STALE_AFTER_S = 60.0
@@ -28,7 +32,11 @@ _SAID: dict[str, tuple[type, ...]] = {
     "eta_s": (int, float, type(None)), "failed_units": (dict,), "replicas": (list,),
 }  # fmt: skip
 """What is read of status.json, which anybody may have written."""
+GOES_ON = ("starting", "running", "draining")
+"""States in which a driver is at work."""
 _MAX_EXAMPLES = 3
+_HICCUP_S = 60.0
+"""Stores that throttle, or move a partition, answer again within seconds."""
 _FAR_S = 1e12
 """Seconds beyond any clock, and not NaN."""
 
@@ -52,8 +60,8 @@ class Status:
     """How old that is."""
 
 
-def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAccount | None = None) -> None:
-    """What `tokenmill status` shows from elsewhere, and the run's account in case it does not live to store it."""
+def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAccount | None = None, *, metrics: Sequence[str] = ()) -> None:
+    """What `tokenmill status` shows from elsewhere, with addresses of metrics, and the run's account in case it does not live to store it."""
     totals = progress.totals
     said = {
         "state": progress.state,
@@ -75,6 +83,7 @@ def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAcc
         "replicas": [asdict(replace(replica, ledger=None, engine={})) for replica in progress.replicas],
         "usd": None if progress.usd is None else round(progress.usd, 4),
         "dashboard": progress.dashboard,
+        "metrics": list(metrics),
         "canary": progress.canary,
     }
     if account is not None:
@@ -82,30 +91,104 @@ def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAcc
     storage.replace(storage.join(out_uri, layout.STATUS), json.dumps(said).encode())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Begun:
+    """What stays the same of a job that was begun."""
+
+    name: str
+    fingerprint: str
+    plan: Plan
+    num_rows: int
+
+
 def read_status(out_uri: str, *, now: float | None = None) -> Status:
-    """Raises JobError where there is no job."""
+    """What is committed is listed. Raises JobError where there is no job, or it cannot be read."""
     out_uri = storage.absolute(out_uri)
+    return _status(out_uri, _begun(out_uri), now=now or time.time(), by_listing=True)
+
+
+class StatusReader:
+    """Reads the status of one output again and again, for little, however many its units are.
+
+    Job and plan are parsed anew only where their objects are others, and while a driver speaks its own word for what is committed is
+    taken, which is seconds old.
+    """
+
+    def __init__(self, out_uri: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out_uri, self._clock = storage.absolute(out_uri), clock
+        self._parsed: tuple[tuple[str, ...], _Begun] | None = None
+        self._failing_since: float | None = None
+
+    def read(self, *, now: float | None = None) -> Status:
+        """Raises JobError as read_status, and OSError where the store does not answer."""
+        try:
+            versions = tuple(_version(storage.join(self._out_uri, name)) for name in (layout.JOB, layout.PLAN))
+            if self._parsed is None or self._parsed[0] != versions:
+                self._parsed = versions, _begun(self._out_uri)
+            found = _status(self._out_uri, self._parsed[1], now=now or time.time(), by_listing=False)
+        except (JobError, OSError):
+            self._failing_since = self._clock() if self._failing_since is None else self._failing_since
+            raise
+        self._failing_since = None
+        return found
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether reading has failed for so long that it is no hiccup of the store."""
+        return self._failing_since is not None and self._clock() - self._failing_since >= _HICCUP_S
+
+
+def _begun(out_uri: str) -> _Begun:
     record, plan = load_job_of(out_uri)
-    done = committed_units(out_uri, record.fingerprint)
+    return _Begun(name=record.spec.name, fingerprint=record.fingerprint, plan=plan, num_rows=plan.num_rows)
+
+
+def _version(uri: str) -> str:
+    """Empty where the object is not there, or its store does not answer: whoever reads it then says why."""
+    try:
+        return storage.info(uri).version
+    except OSError:
+        return ""
+
+
+def _status(out_uri: str, begun: _Begun, *, now: float, by_listing: bool) -> Status:
     said = _said(out_uri)
-    age_s = (now or time.time()) - said["updated_at"] if said else None
+    age_s = now - said["updated_at"] if said else None
     state = said.get("state", "new")
-    if state in ("starting", "running", "draining") and age_s is not None and age_s > STALE_AFTER_S:
+    speaks = state in GOES_ON and age_s is not None and age_s <= STALE_AFTER_S
+    if state in GOES_ON and not speaks:
         state = "interrupted"
-    if storage.exists(storage.join(out_uri, layout.SUCCESS)):
-        state = "complete" if len(done) == len(plan.units) else "interrupted"  # or parts were lost since
+    closed = storage.exists(storage.join(out_uri, layout.SUCCESS))
+    done = _counted(said, begun) if speaks and not closed and not by_listing else None
+    units_done, rows_done = done or _listed(out_uri, begun)
+    if closed:
+        state = "complete" if units_done == len(begun.plan.units) else "interrupted"  # or parts were lost since
     return Status(
-        name=record.spec.name,
-        fingerprint=record.fingerprint,
+        name=begun.name,
+        fingerprint=begun.fingerprint,
         out_uri=out_uri,
         state=state,
-        units_done=len(done),
-        units=len(plan.units),
-        rows_done=sum(unit.num_rows for unit in plan.units if unit.index in done),
-        rows=plan.num_rows,
+        units_done=units_done,
+        units=len(begun.plan.units),
+        rows_done=rows_done,
+        rows=begun.num_rows,
         said=said,
         age_s=age_s,
     )
+
+
+def _counted(said: dict[str, Any], begun: _Begun) -> tuple[int, int] | None:
+    """Units and rows that are committed, as the driver has it; None where it does not say so, or says what cannot be."""
+    units, rows = said.get("units_done"), said.get("rows_done")
+    if isinstance(units, int) and isinstance(rows, int) and 0 <= units <= len(begun.plan.units) and 0 <= rows <= begun.num_rows:
+        return units, rows
+    return None
+
+
+def _listed(out_uri: str, begun: _Begun) -> tuple[int, int]:
+    """The same by the parts that are there."""
+    done = committed_units(out_uri, begun.fingerprint)
+    return len(done), sum(unit.num_rows for unit in begun.plan.units if unit.index in done)
 
 
 def _said(out_uri: str) -> dict[str, Any]:
@@ -121,6 +204,11 @@ def _said(out_uri: str) -> dict[str, Any]:
 def cancel(out_uri: str) -> str:
     """Ask the job's driver to drain; it looks every few seconds. Returns the job's state. Raises JobError where there is no job."""
     status = read_status(out_uri)
-    if status.state in ("starting", "running", "draining"):
-        storage.replace(storage.join(status.out_uri, layout.DRAIN), str(time.time()).encode())
+    if status.state in GOES_ON:
+        ask_to_drain(status.out_uri)
     return status.state
+
+
+def ask_to_drain(out_uri: str) -> None:
+    """Whatever runs there, or was started and has not said so yet; what is started later does not heed it."""
+    storage.replace(storage.join(storage.absolute(out_uri), layout.DRAIN), repr(time.time()).encode())

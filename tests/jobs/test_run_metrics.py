@@ -18,9 +18,12 @@ from jobs.cli import main
 from jobs.driver import Progress
 from jobs.metrics import RunMetrics
 from jobs.metrics import Snapshot
+from jobs.metrics import addresses
 from jobs.metrics import snapshot
+from jobs.status import read_status
 from schemas import layout
 from schemas.errors import JobError
+from schemas.job import ClusterSpec
 from schemas.job import JobSpec
 from schemas.ledger import ReplicaAccount
 from schemas.ledger import RunAccount
@@ -121,6 +124,16 @@ def test_before_the_first_word_there_is_nothing_and_a_cost_only_where_it_is_know
     assert values["tokenmill_run_state_info['complete', 'tickets']"] == 1
 
 
+def test_addresses_are_the_drivers_and_those_of_replicas_on_its_machine() -> None:
+    replicas = ["local-1", "local-0"]
+    assert addresses(ClusterSpec(), replicas) == []
+    assert addresses(ClusterSpec(metrics_port=9464), replicas) == [f"http://127.0.0.1:{port}/metrics" for port in (9464, 9465, 9466)]
+    inline = ClusterSpec(kind="inline", metrics_port=9464, metrics_host="::1")
+    assert addresses(inline, ["inline-0"]) == ["http://[::1]:9464/metrics"]
+    everywhere = ClusterSpec(kind="inline", metrics_port=9464, metrics_host="0.0.0.0")
+    assert addresses(everywhere, []) == [f"http://{socket.gethostname()}:9464/metrics"]
+
+
 @pytest.mark.slow
 def test_a_run_that_is_asked_while_it_goes_on_answers_and_gives_its_port_back(make_job: MakeJob, write_table: WriteTable) -> None:
     write_table([{"prompt": f"question {index}"} for index in range(40)])
@@ -146,6 +159,7 @@ def test_each_replica_of_a_local_cluster_answers_on_a_port_of_its_own(make_job: 
     assert run(job, stream=io.StringIO()).state == "complete"
     asking.join()
     assert 'tokenmill_replica_window_rows{replica="local-0"}' in asking.heard
+    assert read_status(job.output.uri).said["metrics"][:1] == [f"http://127.0.0.1:{port}/metrics"]
     assert "question" not in asking.heard
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.accept import accept
+from jobs.accept import load_job_of
 from jobs.accept import store
 from jobs.api import run
 from jobs.cluster.cluster import ReplicaState
@@ -18,6 +19,7 @@ from jobs.driver import Progress
 from jobs.driver import State
 from jobs.progress import Speed
 from jobs.status import STALE_AFTER_S
+from jobs.status import StatusReader
 from jobs.status import cancel
 from jobs.status import read_status
 from jobs.status import write_status
@@ -84,6 +86,7 @@ def test_status_says_what_the_driver_said_last(begun: Path) -> None:
         "failed_units": {"2": "UnitError: no"},
         "usd": None,
         "dashboard": None,
+        "metrics": [],
         "canary": "",
     }
     assert [replica["name"] for replica in status.said["replicas"]] == ["local-0"]
@@ -124,6 +127,66 @@ def test_a_damaged_word_of_the_driver_is_no_word(begun: Path) -> None:
 def test_status_needs_neither_inputs_nor_model(begun: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "in")
     assert read_status(str(begun)).rows == 40
+
+
+# Read again and again.
+
+
+def test_a_reader_believes_a_driver_that_speaks_and_lists_when_none_does(begun: Path) -> None:
+    write_status(str(begun), progress("running"), Speed())
+    reader, said_at = StatusReader(str(begun)), updated_at(begun)
+    seen = {age_s: reader.read(now=said_at + age_s) for age_s in (1, STALE_AFTER_S + 1)}
+    assert [(found.state, found.units_done, found.rows_done) for found in seen.values()] == [("running", 2, 32), ("interrupted", 0, 0)]
+    assert read_status(str(begun), now=said_at + 1).rows_done == 0
+
+
+@pytest.mark.parametrize("said", [{"units_done": 4}, {"rows_done": -1}, {"rows_done": 41}, {"units_done": "2"}, {"rows_done": None}])
+def test_a_driver_that_says_what_cannot_be_is_not_believed(begun: Path, said: dict[str, object]) -> None:
+    write_status(str(begun), progress("running"), Speed())
+    (begun / layout.STATUS).write_text(json.dumps(json.loads((begun / layout.STATUS).read_text()) | said))
+    found = StatusReader(str(begun)).read(now=updated_at(begun))
+    assert (found.units_done, found.rows_done) == (0, 0)
+
+
+def test_a_reader_says_of_a_finished_job_what_read_status_says(begun: Path, make_job: MakeJob) -> None:
+    reader = StatusReader(str(begun))
+    assert reader.read(now=1.0) == read_status(str(begun), now=1.0)
+    run(make_job(name="tickets"), stream=io.StringIO())
+    assert reader.read(now=1.0) == read_status(str(begun), now=1.0)
+    sorted(begun.glob("part-*.parquet"))[0].unlink()
+    assert reader.read(now=1.0) == read_status(str(begun), now=1.0)
+
+
+def test_a_reader_parses_the_plan_once_and_again_when_another_job_lies_there(
+    begun: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr("jobs.status.load_job_of", lambda uri: parsed.append(uri) or load_job_of(uri))
+    reader = StatusReader(str(begun))
+    assert [reader.read().name for _ in range(3)] == ["tickets"] * 3
+    assert len(parsed) == 1
+    shutil.rmtree(begun)
+    store(accept(make_job(name="another")))
+    assert reader.read().name == "another"
+    assert len(parsed) == 2
+
+
+def test_a_reader_is_hopeless_once_it_has_failed_for_a_minute(begun: Path) -> None:
+    clock, away = [1000.0], begun.with_name("away")
+    reader = StatusReader(str(begun), clock=lambda: clock[0])
+
+    def fails_at(now: float) -> bool:
+        clock[0] = now
+        with pytest.raises(JobError):
+            reader.read()
+        return reader.hopeless
+
+    begun.rename(away)
+    assert [fails_at(1000.0), fails_at(1059.0)] == [False, False]
+    away.rename(begun)
+    assert reader.read().name == "tickets"
+    begun.rename(away)
+    assert [fails_at(1070.0), fails_at(1129.0), fails_at(1130.0)] == [False, False, True]
 
 
 @pytest.mark.parametrize("state", ["starting", "running", "draining"])
