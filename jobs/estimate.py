@@ -46,6 +46,11 @@ class Offer:
     basis: str
     """Where the speed comes from."""
 
+    @property
+    def here(self) -> bool:
+        """Whether it is this machine, by its canary."""
+        return self.basis == "canary"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:

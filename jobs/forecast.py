@@ -1,4 +1,4 @@
-"""A plan's report in, what the job will take out: reads the sample, runs the canary where one is asked for, compares the sizes."""
+"""A plan's report in, what the rest of the job takes out: reads the sample, runs the canary where one is asked for, compares the sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.accept import Accepted
 from jobs.api import PlanReport
 from jobs.canary import Canary
 from jobs.canary import run_canary
@@ -33,10 +34,11 @@ from jobs.sample import read_sampled
 from pipeline.engine.engine import Request
 from pipeline.hardware import find_profile
 from pipeline.hardware import known_sizes
-from pipeline.hardware import profile_names
 from pipeline.profile import cut_machine
 from pipeline.shape import read_shape
 from schemas.errors import JobError
+from schemas.profile import Profile
+from schemas.unit import WorkUnit
 
 _CANARY_TIMEOUT_S = 3600.0
 
@@ -75,7 +77,8 @@ def forecast(
 ) -> Forecast:
     """Raises JobError where no row can be asked, EngineError where the canary's engine fails."""
     accepted = report.accepted
-    job, model = accepted.job, accepted.model
+    job, model, units = accepted.job, accepted.model, units_left(accepted)
+    rows = sum(unit.num_rows for unit in units)
     # Any beginning of a sample is a sample itself, so one reading serves the lengths and the canary.
     sampled = read_sampled(
         job,
@@ -83,13 +86,14 @@ def forecast(
         max(SAMPLE_ROWS, canary_rows or 0),
         max_model_len=context_of(accepted) or model.max_position_embeddings,
         seed_base=accepted.record.fingerprint,
+        planned=(units, accepted.record.input_schema),
     )
     if not sampled:
         raise JobError("input: no row of a sample can be asked; `tokenmill run` would write each with its error")
     answered = find_answered(accepted, report.earlier, sampled, say)
     left = [request for (request, _), known in zip(sampled, answered, strict=True) if not known]
     taken = [request for (request, _), known in zip(sampled, answered, strict=True) if known]
-    prompts = [len(request.token_ids) for request in (left or taken)[:SAMPLE_ROWS]]
+    asked = (left or taken)[:SAMPLE_ROWS]
     # Where too few are left for a canary, rows that a run would take over make it up.
     canary = _canary(report, [*left, *taken][:canary_rows], say) if canary_rows else None
     if canary is not None:
@@ -97,25 +101,39 @@ def forecast(
     elif history:
         output, basis = mean_of([length for folder in history for length in earlier_outputs(folder)]), "history"
     else:
-        output, basis = unknown_output(job.sampling.max_tokens * job.sampling.n), "max_tokens"
+        output, basis = unknown_output(mean_of([request.sampling.max_tokens * request.sampling.n for request in asked])), "max_tokens"
     lengths = Lengths(
-        rows=accepted.plan.num_rows,
-        reused=_reused(share_of(len(taken), len(sampled)), accepted.plan.num_rows) if report.earlier else NO_ROWS,
+        rows=rows,
+        reused=_reused(share_of(len(taken), len(sampled)), rows) if report.earlier else NO_ROWS,
         sampled=min(len(sampled), SAMPLE_ROWS),
-        prompt=mean_of(prompts),
+        prompt=mean_of([len(request.token_ids) for request in asked]),
         output=output,
         basis=basis,  # type: ignore[arg-type]
     )
     shape = read_shape(model.path)
-    sizes = known_sizes()
-    if job.engine.profile not in ("auto", *profile_names()):
-        sizes.append(find_profile(job.engine.profile))  # a size of the user's own
-    found = offers(lengths, shape, [size for size in sizes if size.node is not None], nodes=nodes)
+    sizes = sizes_for(job.engine.profile)
+    found = offers(lengths, shape, sizes, nodes=nodes)
     if canary is not None:
         found.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=job.limits.usd_per_hour))
     return Forecast(
         lengths=lengths, tokens=tokens_of(lengths), offers=tuple(found), canary=canary, remarks=tuple(_remarks(found, len(sizes), nodes))
     )
+
+
+def units_left(accepted: Accepted) -> list[WorkUnit]:
+    """What a run would do: not the committed ones, nor those whose objects have changed, which it gives up."""
+    changed = set(accepted.changed_objects)
+    return [unit for unit in accepted.todo if changed.isdisjoint(part.uri for part in unit.ranges)]
+
+
+def sizes_for(profile: str) -> list[Profile]:
+    """Azure's, and the one that a job asks for where it is a node of the user's own; each by a name that no other has."""
+    sizes = known_sizes()
+    own = find_profile(profile) if profile != "auto" else None
+    if own is None or own.node is None or own in sizes:
+        return sizes
+    taken = own.name in {size.name for size in sizes}
+    return [*sizes, own.model_copy(update={"name": profile}) if taken else own]
 
 
 def _reused(share: Mean, rows: int) -> Mean:
@@ -144,7 +162,7 @@ def _canary(report: PlanReport, requests: Sequence[Request], say: Callable[[str]
 
 
 def _remarks(found: Sequence[Offer], num_sizes: int, nodes: Sequence[int]) -> list[str]:
-    sizes = {offer.vm_size for offer in found if offer.vm_size}
+    sizes = {offer.profile for offer in found if not offer.here}
     remarks = ["Speeds by roofline are of vLLM, and of nobody's measurement here; prices are the profiles', dated there: set your own."]
     if len(sizes) < num_sizes:
         left = num_sizes - len(sizes)

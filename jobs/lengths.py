@@ -39,11 +39,11 @@ class Lengths:
     """Of one row that is generated, in tokens, and how many those are."""
 
     rows: int
-    """Of the table."""
+    """Of the table, those that are not committed yet."""
     reused: Mean = NO_ROWS
-    """Rows of the table that are copied from earlier outputs, and not generated."""
+    """Of those, rows that are copied from earlier outputs, and not generated."""
     sampled: int
-    """Rows that were read and tokenised; those that cannot be asked are among the table's, and not among these."""
+    """Rows that were read and tokenised; those that cannot be asked are among `rows`, and not among these."""
     prompt: Mean
     output: Mean
     basis: Literal["max_tokens", "history", "canary"]
@@ -51,7 +51,7 @@ class Lengths:
 
     @property
     def generated(self) -> Mean:
-        """Rows of the table that are left to engines: one at least, since a sample that is answered whole proves not that all are."""
+        """Rows that are left to engines: one at least, since a sample that is answered whole proves not that all are."""
         reused = self.reused
         return Mean(value=max(1.0, self.rows - reused.value), low=max(1.0, self.rows - reused.high), high=max(1.0, self.rows - reused.low))
 
@@ -73,9 +73,9 @@ def share_of(count: int, sampled: int) -> Mean:
     return Mean(value=count / sampled, low=max(0.0, center - half), high=min(1.0, center + half))
 
 
-def unknown_output(max_tokens: int) -> Mean:
-    """Where nobody has seen a completion."""
-    return Mean(value=_UNKNOWN_MEAN * max_tokens, low=_UNKNOWN_LOW * max_tokens, high=float(max_tokens))
+def unknown_output(most: Mean) -> Mean:
+    """Where nobody has seen a completion, given how long completions may become."""
+    return Mean(value=_UNKNOWN_MEAN * most.value, low=_UNKNOWN_LOW * most.low, high=most.high)
 
 
 def earlier_outputs(output: str) -> list[int]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import pyarrow as pa
+
 from jobs.plan import make_plan
 from pipeline.engine.engine import Request
 from pipeline.model import Model
@@ -20,6 +22,7 @@ from pipeline.render import load_tokenizer
 from schemas.job import JobSpec
 from schemas.prompts import Prompt
 from schemas.prompts import RowError
+from schemas.unit import WorkUnit
 
 _MAX_UNITS = 32
 _READ_ROWS = 4096
@@ -38,13 +41,24 @@ def read_sample(job: JobSpec, model: Model, rows: int, *, max_model_len: int, se
     return [request for request, _ in read_sampled(job, model, rows, max_model_len=max_model_len, seed_base=seed_base)]
 
 
-def read_sampled(job: JobSpec, model: Model, rows: int, *, max_model_len: int, seed_base: str) -> list[tuple[Request, Text]]:
-    """The same rows, each with the text that was tokenised."""
-    plan, schema = make_plan(job)
+def read_sampled(
+    job: JobSpec,
+    model: Model,
+    rows: int,
+    *,
+    max_model_len: int,
+    seed_base: str,
+    planned: tuple[Sequence[WorkUnit], pa.Schema] | None = None,
+) -> list[tuple[Request, Text]]:
+    """The same rows, each with the text that was tokenised; of the `planned` units alone, read by that schema, where there are some."""
+    if planned is None:
+        plan, schema = make_plan(job)
+        planned = plan.units, schema
+    all_units, schema = planned
     check_columns(schema, job.input)
     renderer = Renderer(load_tokenizer(model.path), job, max_model_len=max_model_len, seed_base=seed_base)
     sampled: list[tuple[Request, Text]] = []
-    units = _evenly(plan.units, _MAX_UNITS)
+    units = _evenly(all_units, _MAX_UNITS)
     for unit in units:
         prompts, seen = [], 0
         for position, batch in read_unit(unit, schema, _BATCH_ROWS):

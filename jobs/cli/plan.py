@@ -76,7 +76,7 @@ def plan(
     if canary and history:
         raise JobError("--canary and --history: give one of them")
     report = plan_job(build_job(job_file, flags, more={"reuse": list(reuse)} if reuse else None))
-    made = forecast(report, canary_rows=canary, history=history, nodes=counts, say=_say) if estimate else None
+    made = forecast(report, canary_rows=canary, history=history, nodes=counts, say=_say) if estimate and report.accepted.todo else None
     values = _values(report)
     if as_json:
         more = made.to_dict(deadline_s=deadline_s, max_usd=max_cost) if made else None
@@ -90,6 +90,8 @@ def plan(
         if report.earlier:
             click.echo(_reused(made.lengths, [one.out_uri for one in report.earlier]))
         _show_forecast(made, deadline_s, max_cost)
+    elif estimate:
+        click.echo("nothing is left to estimate: every unit is committed")
 
 
 def _say(text: str) -> None:
@@ -110,6 +112,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
         "units_to_do": len(accepted.todo),
         "profile": report.profile,
         "replicas": report.replicas,
+        "settings": [accepted.cut.found] if accepted.cut is not None and accepted.cut.found else [],
         "left_out": [f"{uri}: {reason}" for uri, reason in accepted.plan.skipped],
         "new_objects": list(accepted.new_objects),
         "changed_objects": list(accepted.changed_objects),
@@ -144,16 +147,16 @@ def _show_forecast(made: Forecast, deadline_s: float | None, max_usd: float | No
     for title in ("node", "nodes", "weights", "replicas", "rows in batch", "output tok/s", "hours", "USD", "known from"):
         table.add_column(title, justify="left" if title in ("node", "weights", "known from") else "right")
     for offer in made.offers:
-        table.add_row(*_cells(offer))
+        table.add_row(_node(offer, made.offers), *_cells(offer))
     print_table(table)
     for text in made.remarks:
         click.echo(text)
     if deadline_s is not None:
-        click.echo(_choice("cheapest by the deadline", cheapest(made.offers, deadline_s)))
+        click.echo(_choice("cheapest by the deadline", cheapest(made.offers, deadline_s), made.offers))
     if max_usd is not None:
-        click.echo(_choice(f"quickest for at most {max_usd:,.2f} USD", quickest(made.offers, max_usd)))
+        click.echo(_choice(f"quickest for at most {max_usd:,.2f} USD", quickest(made.offers, max_usd), made.offers))
     if deadline_s is None and max_usd is None:
-        click.echo(_choice("cheapest", cheapest(made.offers, None)))
+        click.echo(_choice("cheapest", cheapest(made.offers, None), made.offers))
 
 
 _BASES = {
@@ -163,12 +166,19 @@ _BASES = {
 }
 
 
+def _node(offer: Offer, among: Sequence[Offer]) -> str:
+    """The VM size, or the profile where that is of no size or not the only one."""
+    if offer.here:
+        return "this machine"
+    alike = {other.profile for other in among if other.vm_size == offer.vm_size}
+    return offer.profile if offer.vm_size is None or len(alike) > 1 else offer.vm_size
+
+
 def _cells(offer: Offer) -> list[str]:
     usd = "?" if offer.usd is None else f"{offer.usd.value:,.2f} ({offer.usd.low:,.2f} to {offer.usd.high:,.2f})"
     hours = offer.hours
     width = f" x {offer.devices_per_replica} devices" if offer.devices_per_replica > 1 else ""
     return [
-        offer.vm_size or "this machine",
         str(offer.nodes),
         offer.precision or "as they are",
         f"{offer.replicas}{width}",
@@ -180,11 +190,11 @@ def _cells(offer: Offer) -> list[str]:
     ]
 
 
-def _choice(words: str, offer: Offer | None) -> str:
+def _choice(words: str, offer: Offer | None, among: Sequence[Offer]) -> str:
     if offer is None:
         return f"{words}: none of these"
     usd = "" if offer.usd is None else f", {offer.usd.value:,.2f} USD"
-    return f"{words}: {offer.nodes} x {offer.vm_size or 'this machine'}, {offer.hours.value:,.2f} h{usd}"
+    return f"{words}: {offer.nodes} x {_node(offer, among)}, {offer.hours.value:,.2f} h{usd}"
 
 
 def _count(value: float) -> str:

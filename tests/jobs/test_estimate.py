@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
+from jobs.api import plan
 from jobs.api import run
 from jobs.canary import Canary
 from jobs.canary import StepCost
@@ -21,7 +22,9 @@ from jobs.estimate import offer_here
 from jobs.estimate import offers
 from jobs.estimate import quickest
 from jobs.estimate import tokens_of
+from jobs.forecast import forecast
 from jobs.forecast import node_counts
+from jobs.forecast import sizes_for
 from jobs.lengths import Lengths
 from jobs.lengths import Mean
 from jobs.lengths import earlier_outputs
@@ -60,7 +63,7 @@ def test_the_same_sample_gives_the_same_interval() -> None:
 
 
 def test_without_any_knowledge_max_tokens_is_the_top() -> None:
-    found = unknown_output(128)
+    found = unknown_output(mean_of([128.0, 128.0]))
     assert (found.value, found.low, found.high) == (96, 32, 128)
 
 
@@ -184,10 +187,11 @@ def test_a_plan_estimates_by_guess_by_canary_and_by_history(make_job: MakeJob, w
     seen = estimate("--canary", "16")
     assert seen["lengths"]["basis"] == "canary"  # type: ignore[index]
     assert seen["offers"][0]["basis"] == "canary"  # type: ignore[index]
-    run(job)
-    known = estimate("--history", job.output.uri)
+    earlier = make_job(output={"uri": str(tmp_path / "earlier")})
+    run(earlier)
+    known = estimate("--history", earlier.output.uri)
     assert known["lengths"]["basis"] == "history"  # type: ignore[index]
-    for words in (["--canary", "16"], ["--history", job.output.uri], ["--deadline", "1h"], ["--max-cost", "100"]):
+    for words in (["--canary", "16"], ["--history", earlier.output.uri], ["--deadline", "1h"], ["--max-cost", "100"]):
         result = CliRunner().invoke(main, ["plan", str(file), "--nodes", "1", *words])
         assert result.exit_code == 0, result.output
         assert "What it takes" in result.output
@@ -205,3 +209,75 @@ def test_profiles_are_listed_and_printed_to_start_from() -> None:
     shown = CliRunner().invoke(main, ["profiles", "Standard_ND96isr_H100_v5"])
     assert "source:" in shown.output
     assert CliRunner().invoke(main, ["profiles", "none"]).exit_code == 2
+
+
+def write_file(job: JobSpec, file: Path) -> str:
+    file.write_text(json.dumps(job.model_dump(mode="json", by_alias=True, exclude_defaults=True)))
+    return str(file)
+
+
+def test_an_estimate_is_of_the_units_that_are_not_committed(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    long = ["a long question" * 10, "short"]
+    write_table(pa.table({"prompt": [long[row >= 80] for row in range(160)]}))
+    job = make_job()
+    whole = forecast(plan(job), nodes=(1,))
+    run(job)
+    for part in sorted((tmp_path / "out").glob("part-*.parquet"))[6:]:
+        part.unlink()
+    rest = forecast(plan(job), nodes=(1,))
+    assert (whole.lengths.rows, rest.lengths.rows) == (160, 64)
+    assert rest.lengths.prompt.low == rest.lengths.prompt.high < whole.lengths.prompt.low  # of the short rows, which are left
+    assert rest.tokens.output.value == whole.tokens.output.value * 64 / 160
+
+
+def test_units_whose_objects_have_changed_are_not_in_the_estimate(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    for name in ("in/a.parquet", "in/b.parquet"):
+        write_table(pa.table({"prompt": [f"{name} {row}" for row in range(32)]}), name)
+    job = make_job()
+    run(job)
+    for part in (tmp_path / "out").glob("part-*.parquet"):
+        part.unlink()
+    write_table(pa.table({"prompt": ["changed"] * 32}), "in/a.parquet")
+    assert forecast(plan(job), nodes=(1,)).lengths.rows == 32
+
+
+def test_where_all_is_committed_nothing_is_estimated(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    write_table(pa.table({"prompt": [f"question {row}" for row in range(32)]}))
+    job = make_job()
+    file = write_file(job, tmp_path / "job.json")
+    run(job)
+    shown = CliRunner().invoke(main, ["plan", file])
+    assert (shown.exit_code, "nothing is left to estimate" in shown.output) == (0, True), shown.output
+    assert json.loads(CliRunner().invoke(main, ["plan", file, "--json"]).stdout)["estimate"] is None
+
+
+def test_a_guess_goes_by_the_rows_own_max_tokens(make_job: MakeJob, write_table: WriteTable) -> None:
+    own = [json.dumps({"max_tokens": 100}) if row % 2 else None for row in range(64)]
+    write_table(pa.table({"prompt": [f"question {row}" for row in range(64)], "own": own}))
+    found = forecast(plan(make_job(input={"sampling": "own"})), nodes=(1,)).lengths.output
+    assert found.value == 0.75 * (100 + 8) / 2
+    assert 0.25 * 30 < found.low < 0.25 * 54
+    assert 54 < found.high < 80
+
+
+def test_each_size_is_compared_once_and_one_of_the_users_own_beside_azures(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(CliRunner().invoke(main, ["profiles", "nd96isr-h100-v5"]).stdout)
+    azures = [size.name for size in known_sizes()]
+    for profile in ("auto", "local-cpu", "nd96isr-h100-v5", "Standard_ND96isr_H100_v5"):
+        assert [size.name for size in sizes_for(profile)] == azures
+    assert [size.name for size in sizes_for(str(tmp_path / "mine.yaml"))] == [*azures, "mine"]
+    alike = tmp_path / "nd96isr-h100-v5.yaml"
+    alike.write_text((tmp_path / "mine.yaml").read_text().replace("max_num_seqs: ", "max_num_seqs: 1"))
+    assert [size.name for size in sizes_for(str(alike))] == [*azures, str(alike)]
+
+
+def test_a_plan_tells_the_users_own_size_from_azures(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    write_table(pa.table({"prompt": [f"question {row}" for row in range(64)]}))
+    (tmp_path / "mine.yaml").write_text(CliRunner().invoke(main, ["profiles", "nd96isr-h100-v5"]).stdout)
+    file = write_file(make_job(engine={"profile": str(tmp_path / "mine.yaml")}), tmp_path / "job.json")
+    shown = CliRunner().invoke(main, ["plan", file, "--nodes", "1"])
+    assert shown.exit_code == 0, shown.output
+    nodes = [line.split()[1] for line in shown.output.splitlines() if line.endswith("roofline   │")]
+    assert {"mine", "nd96isr-h100-v5", "Standard_ND96asr_v4"} <= set(nodes)
+    assert len(nodes) == len(set(nodes)) == len(known_sizes()) + 1
+    assert "cannot hold this model" not in shown.output
