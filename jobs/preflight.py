@@ -67,6 +67,10 @@ _CPU_SHAPE = Shape(
     layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, tied=True, max_position_embeddings=8192
 )
 """SmolLM2-135M's config.json, the demo's model: the largest of which two CPU cores do all figures within a minute."""
+_NO_NODES_YET = (
+    "whose nodes are not there before its run asks for them; run `tokenmill preflight --output URI` on a node itself, as a task of the "
+    "worker pool, or start `tokenmill scheduler` and `tokenmill worker` on its nodes and give kind: address"
+)
 
 Say = Callable[[str], None]
 
@@ -185,7 +189,7 @@ def preflight(spec: PreflightSpec, say: Say) -> PreflightResult:
     """Measure and judge. Raises JobError where the cluster cannot be reached or is at work, or the model or profile is none."""
     job = spec.job
     if job.cluster.kind == "azure-batch":
-        raise JobError("cluster.kind: azure-batch has no nodes before its job runs; preflight runs here, or on a cluster of kind: address")
+        raise JobError(f"cluster.kind: found azure-batch, {_NO_NODES_YET}")
     storage.use(job.storage)
     asked = None if job.engine.profile == "auto" else find_profile(job.engine.profile)
     with _nodes(job) as nodes:
@@ -226,7 +230,8 @@ def preflight(spec: PreflightSpec, say: Say) -> PreflightResult:
 def without_slow_nodes(job: JobSpec, say: Say, spec: PreflightSpec | None = None) -> JobSpec:
     """The job with slow nodes left out, of a cluster of kind address. Raises JobError, also where no node would be left."""
     if job.cluster.kind != "address":
-        raise JobError(f"--preflight: only a cluster of kind: address has nodes to leave out, found {job.cluster.kind}")
+        found = f"azure-batch, {_NO_NODES_YET}" if job.cluster.kind == "azure-batch" else job.cluster.kind
+        raise JobError(f"--preflight: only a cluster of kind: address has nodes to leave out, found {found}")
     own = PreflightJob(model=None, engine=job.engine, output=job.output, cluster=job.cluster, storage=job.storage)
     found = preflight(spec or PreflightSpec(job=own), say)
     for report in found.nodes:

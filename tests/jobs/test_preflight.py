@@ -34,6 +34,7 @@ from schemas.job import JobSpec
 from schemas.preflight import AzureNode
 from schemas.preflight import NodeFacts
 from schemas.preflight import Order
+from tests.jobs.batch_jobs import batch_job
 
 CLUSTER = ClusterSpec(kind="address", address="tcp://10.0.0.4:8786", insecure=True)
 
@@ -238,6 +239,16 @@ def test_what_cannot_be_is_refused_with_exit_code_2(arguments: list[str], words:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2, result.output
     assert words in result.output
+
+
+def test_a_batch_job_has_no_nodes_yet_and_is_told_how_to_measure_them(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(batch_job()))
+    for command in (["preflight", str(file)], ["run", str(file), "--preflight"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 2, result.output
+        assert "found azure-batch" in result.output
+        assert "`tokenmill preflight --output URI` on a node itself" in result.output
 
 
 @pytest.mark.parametrize("cluster", ["cloud", {"leave_out": "b"}, ["address"]])
