@@ -2,7 +2,7 @@
 
 A template's rendering takes longer than all else that is done with a row before the engine. Most templates only put the last
 message's text out, some after stripping it; such a row's text is made by joining three strings. A template that looks at the
-text in any other way has no frame, and renders every row itself.
+text in any other way, or may do so where nobody watches, has no frame, and renders every row itself.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.sight import in_sight
+
 _PROBES = ("\n ' r\"o<b>&{{e}} %s \\ é\u2028 One\t ", " Two {% x %} \\n \u00a0's\n")
 """With what escaping, formatting and changes of case would show in, and space around."""
 _HARMLESS = frozenset(
     {
         "__new__", "__init__", "__init_subclass__", "__subclasshook__", "__class__", "__getattribute__", "__setattr__", "__delattr__",
-        "__dir__", "__doc__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__sizeof__", "__hash__", "__getstate__",
+        "__dir__", "__doc__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__sizeof__", "__getstate__",
     }
 )  # fmt: skip
 
@@ -80,7 +82,7 @@ for _name in dir(str):
 
 def find_frame(template: str, render: Callable[[str], str]) -> Frame | None:
     """The frame of a template around one message's text; `render` renders a conversation with that text. None where it has none."""
-    if "~" in template:  # joins text out of our sight
+    if not in_sight(template):
         return None
     found = set()
     for probe in _PROBES:

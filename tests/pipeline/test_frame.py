@@ -46,6 +46,15 @@ _LOOKS = {
     "asks whether there is any": "{% for m in messages %}{{ m['content'] if m['content'] else 'nothing' }}{% endfor %}",
     "strips what it joined": "{% for m in messages %}{{ ('a ' + m['content']) | trim }}{% endfor %}",
     "joins out of sight": "{% for m in messages %}{{ ('a ' ~ m['content']) | trim }}{% endfor %}",
+    "looks at what a macro gives": (
+        "{% macro say(m) %}{{ m['content'] }}{% endmacro %}{% for m in messages %}"
+        "{% if say(m).startswith('think') %}deep{% endif %}{{ m['content'] }}{% endfor %}"
+    ),
+    "looks at what it set": (
+        "{% for m in messages %}{% set text %}{{ m['content'] }}{% endset %}"
+        "{% if text.startswith('think') %}deep{% endif %}{{ text }}{% endfor %}"
+    ),
+    "looks it up in a mapping": "{% for m in messages %}{{ m['content'] }}{{ {'hello': '!'}.get(m['content'], '') }}{% endfor %}",
     "strips other things": "{% for m in messages %}{{ m['content'].strip('x') }}{% endfor %}",
     "refuses": "{{ raise_exception('never') }}",
 }
@@ -90,6 +99,14 @@ def test_a_template_that_strips_is_told_from_one_that_does_not(tiny_model: Path)
 @pytest.mark.parametrize("template", _LOOKS.values(), ids=_LOOKS)
 def test_a_template_that_looks_at_the_text_renders_each_row(tiny_model: Path, template: str) -> None:
     assert renderer(tiny_model, template, None)._frame is None
+
+
+@pytest.mark.parametrize("template", [_LOOKS["looks at what a macro gives"], _LOOKS["looks at what it set"]], ids=["macro", "set"])
+def test_a_row_that_such_a_template_looks_for_has_the_ids_that_it_gives(tiny_model: Path, template: str) -> None:
+    made = renderer(tiny_model, template, None)
+    (one,) = made.render([prompt("think hard", None)])
+    assert isinstance(one, Request)
+    assert made.decode([one.token_ids], skip_special_tokens=False) == ["deepthink hard"]
 
 
 def test_a_template_that_refuses_a_system_prompt_says_so_for_each_row(tiny_model: Path) -> None:
