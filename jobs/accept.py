@@ -71,6 +71,11 @@ class Accepted:
     """Where, in the output, the index of what earlier outputs have answered is; see jobs/reuse.py."""
 
     @property
+    def usd_per_hour(self) -> float | None:
+        """Of one node: as the job says, or its profile; None where neither does, and where the nodes of a cluster have their own."""
+        return self.job.limits.usd_per_hour or (self.cut.usd_per_hour if self.cut is not None else None)
+
+    @property
     def todo(self) -> list[WorkUnit]:
         wants = wants_json(self.job)
         return [replace(unit, reuse=self.index, wants_json=wants) for unit in self.plan.units if unit.index not in self.done]
@@ -167,7 +172,8 @@ def _numerics(cut: ReplicaPlan | None, job: JobSpec) -> dict[str, Any]:
     """What the profile, and not the job, says of them."""
     if cut is None or job.engine.kind == "simulated":
         return {}
-    return {name: cut.options[name] for name in NUMERICS if name in cut.options and name not in job.engine.options}
+    names = (*NUMERICS, "max_model_len") if cut.shortened else NUMERICS  # a shorter context is what the cut found, too
+    return {name: cut.options[name] for name in names if name in cut.options and name not in job.engine.options}
 
 
 def stored_numerics(record: JobRecord) -> dict[str, Any]:

@@ -54,7 +54,6 @@ from jobs.verify import verify as verify
 from pipeline import storage
 from pipeline.engine.continuous import window_rows
 from pipeline.eviction import watch_evictions
-from pipeline.hardware import price_of
 from pipeline.profile import cut_machine
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_DRAINED
@@ -152,7 +151,7 @@ def run(
     try:
         with _Interrupts() as interrupts, served(job) as metrics:
             accepted = accept(job, taken=taken)
-            caps = caps_of(job.limits, profile_usd_per_hour=price_of(_profile(accepted)))
+            caps = caps_of(job.limits, profile_usd_per_hour=accepted.usd_per_hour)
             earlier = find_earlier(accepted)
             accepted = store(accepted)
             _say_beginning(accepted, display)

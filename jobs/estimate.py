@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jobs.backtest import backtest
 from jobs.canary import Canary
 from jobs.lengths import Lengths
 from jobs.lengths import Mean
+from pipeline.fit import LIVE_TOKENS
+from pipeline.fit import devices_for
+from pipeline.fit import kv_width_bytes
+from pipeline.fit import whole
 from pipeline.hardware import device_of
+from pipeline.roofline import Speed
 from pipeline.roofline import Work
 from pipeline.roofline import predict
 from pipeline.shape import Shape
@@ -23,6 +30,8 @@ _START_S = 600.0
 """From an empty pool to engines that generate, where none runs yet: nodes, image, weights, graphs. Assumed."""
 _CANARY_SPREAD = 0.15
 """A canary's seconds are good to about so much, four times in five; see tests/bench/estimate.py."""
+_WORTH_SAYING = 1.1
+"""Times the speed that a node would have with its devices cut otherwise, before a plan says so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +54,8 @@ class Offer:
     """None where no price is known."""
     basis: str
     """Where the speed comes from."""
+    wider: tuple[int, float] | None = None
+    """Devices of a replica with which the node would be so many times as quick, where a run takes fewer."""
 
     @property
     def here(self) -> bool:
@@ -65,16 +76,27 @@ def tokens_of(lengths: Lengths) -> Tokens:
     return Tokens(prompt=_product(lengths.prompt, rows), output=_product(lengths.output, rows))
 
 
-def offers(lengths: Lengths, shape: Shape, sizes: Sequence[Profile], *, nodes: Sequence[int] = NODE_COUNTS) -> list[Offer]:
-    """Every size that holds the model and every number of nodes, by the roofline. The checkpoint runs in its own precision."""
+def offers(
+    lengths: Lengths,
+    shape: Shape,
+    sizes: Sequence[Profile],
+    *,
+    nodes: Sequence[int] = NODE_COUNTS,
+    options: Mapping[str, Any] | None = None,
+) -> list[Offer]:
+    """Every size that holds the model and every number of nodes, by the roofline. The checkpoint runs in its own precision.
+
+    `options` are the job's engine arguments. Nodes are cut as a run cuts them; see pipeline.fit.
+    """
     slower, faster = backtest().ratio_interval(_INTERVAL)
     output = tokens_of(lengths).output
     found = []
     for profile in sizes:
-        made = _replica(lengths, shape, profile)
+        made = _replica(lengths, shape, profile, options or {})
         if made is None:
             continue
-        devices, batch, rate, precision = made
+        speed, precision, wider = made
+        devices, batch, rate = speed.devices, speed.batch, speed.output_tokens_per_s
         assert profile.node is not None
         per_node = profile.node.devices // devices
         for count in nodes:
@@ -98,6 +120,7 @@ def offers(lengths: Lengths, shape: Shape, sizes: Sequence[Profile], *, nodes: S
                     hours=hours,
                     usd=_times(hours, count * price) if price else None,
                     basis="roofline",
+                    wider=wider,
                 )
             )
     return found
@@ -144,23 +167,61 @@ def quickest(found: Sequence[Offer], max_usd: float | None) -> Offer | None:
     return min(fitting, key=lambda offer: offer.hours.value, default=None)
 
 
-def _replica(lengths: Lengths, shape: Shape, profile: Profile) -> tuple[int, float, float, Precision] | None:
-    """Devices, batch, output tokens/s and precision of one replica; None where the node does not hold the model."""
+def cut_remarks(found: Sequence[Offer]) -> list[str]:
+    """Where a run, which cuts its nodes before it has read a row, would do better to be told how."""
+    widths = {offer.profile: offer.wider for offer in found if offer.wider is not None}
+    if not widths:
+        return []
+    words = ", ".join(f"{devices} on {profile} ({times:.1f} times as quick)" for profile, (devices, times) in widths.items())
+    return [
+        f"A run gives a replica the fewest devices that hold a batch of rows of {LIVE_TOKENS:,} tokens. For rows as long as these, set "
+        f"engine.options.tensor_parallel_size: {words}."
+    ]
+
+
+def _replica(
+    lengths: Lengths, shape: Shape, profile: Profile, options: Mapping[str, Any]
+) -> tuple[Speed, Precision, tuple[int, float] | None] | None:
+    """One replica as a run cuts it, its precision, and a wider one where that is quicker; None where the node does not hold the model."""
     device = device_of(profile)
     assert profile.node is not None
     assert device is not None
+    asked, most = {**profile.options, **options}, profile.node.devices
     precision: Precision = shape.precision if shape.precision in device.gemm_tflops else "bf16"
-    kv = str(profile.options.get("kv_cache_dtype", "auto"))
-    speed = predict(
-        shape,
-        device,
-        Work(prompt_tokens=lengths.prompt.value, output_tokens=max(1.0, lengths.output.value)),
-        precision=precision,
-        kv_width_bytes=1 if kv.startswith("fp8") else 2,
-        max_num_seqs=profile.max_num_seqs,
-        most_devices=profile.node.devices,
+    width_bytes, weight_bytes = kv_width_bytes(asked, str(asked.get("dtype", profile.dtype))), shape.weight_bytes(shape.precision)
+
+    def speed_of(devices: int) -> Speed | None:
+        return predict(
+            shape,
+            device,
+            Work(prompt_tokens=lengths.prompt.value, output_tokens=max(1.0, lengths.output.value)),
+            precision=precision,
+            kv_width_bytes=width_bytes,
+            max_num_seqs=whole(asked, "max_num_seqs", profile.max_num_seqs),
+            most_devices=most,
+            devices=devices,
+            weight_bytes=weight_bytes,
+        )
+
+    taken = devices_for(
+        asked,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=shape.kv_bytes_per_token(width_bytes),
+        memory_bytes=device.memory_bytes,
+        most=most,
+        context=shape.max_position_embeddings,
     )
-    return None if speed is None else (speed.devices, speed.batch, speed.output_tokens_per_s, precision)
+    speed = speed_of(taken) if taken is not None and taken <= most else None
+    if speed is None:
+        return None
+    others = [] if "tensor_parallel_size" in asked else [speed_of(width) for width in _wider(speed.devices, most)]
+    best = max((other for other in others if other is not None), key=lambda other: other.per_device, default=speed)
+    times = best.per_device / speed.per_device
+    return speed, precision, (best.devices, times) if times > _WORTH_SAYING else None
+
+
+def _wider(devices: int, most: int) -> list[int]:
+    return [devices << power for power in range(1, most.bit_length()) if devices << power <= most]
 
 
 def _hours(work_s: float, lengths: Lengths, rate: float, batch: float) -> float:

@@ -16,6 +16,7 @@ from jobs.canary import run_canary
 from jobs.estimate import Offer
 from jobs.estimate import Tokens
 from jobs.estimate import cheapest
+from jobs.estimate import cut_remarks
 from jobs.estimate import offer_here
 from jobs.estimate import offers
 from jobs.estimate import quickest
@@ -112,9 +113,9 @@ def forecast(
     )
     shape = read_shape(model.path)
     sizes = sizes_for(job.engine.profile)
-    found = offers(lengths, shape, sizes, nodes=nodes)
+    found = offers(lengths, shape, sizes, nodes=nodes, options=job.engine.options)
     if canary is not None:
-        found.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=job.limits.usd_per_hour))
+        found.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=accepted.usd_per_hour))
     return Forecast(
         lengths=lengths, tokens=tokens_of(lengths), offers=tuple(found), canary=canary, remarks=tuple(_remarks(found, len(sizes), nodes))
     )
@@ -169,4 +170,4 @@ def _remarks(found: Sequence[Offer], num_sizes: int, nodes: Sequence[int]) -> li
         remarks.append(f"{left} of {num_sizes} sizes cannot hold this model on one node; `tokenmill model prepare` makes it smaller.")
     if max(nodes) > 1:
         remarks.append("Several nodes are independent replicas: their speeds add, and so does their start.")
-    return remarks
+    return [*remarks, *cut_remarks(found)]

@@ -222,16 +222,15 @@ def preflight(spec: PreflightSpec, say: Say) -> PreflightResult:
         )
         for name, found in facts.items()
     ]
-    beside = _folder_of(job.engine.profile)
-    expected = {name: _expected(profile, beside, len(nodes.names)) for name, profile in profiles.items() if profile is not None}
+    expected = {name: _expected(profile, len(nodes.names)) for name, profile in profiles.items() if profile is not None}
     return PreflightResult(nodes=reports, expected=expected, findings=findings(reports, expected, spec.thresholds))
 
 
 def without_slow_nodes(job: JobSpec, say: Say, spec: PreflightSpec | None = None) -> JobSpec:
     """The job with slow nodes left out, of a cluster of kind address. Raises JobError, also where no node would be left."""
     if job.cluster.kind != "address":
-        found = f"azure-batch, {_NO_NODES_YET}" if job.cluster.kind == "azure-batch" else job.cluster.kind
-        raise JobError(f"--preflight: only a cluster of kind: address has nodes to leave out, found {found}")
+        kind = f"azure-batch, {_NO_NODES_YET}" if job.cluster.kind == "azure-batch" else job.cluster.kind
+        raise JobError(f"--preflight: only a cluster of kind: address has nodes to leave out, found {kind}")
     own = PreflightJob(model=None, engine=job.engine, output=job.output, cluster=job.cluster, storage=job.storage)
     found = preflight(spec or PreflightSpec(job=own), say)
     for report in found.nodes:
@@ -332,10 +331,6 @@ def _orders(spec: PreflightSpec, pillar: Pillar, facts: Mapping[str, NodeFacts],
     return orders
 
 
-def _folder_of(profile: str) -> Path | None:
-    return Path(profile).parent if Path(profile).suffix in (".yaml", ".yml") else None
-
-
-def _expected(profile: Profile, beside: Path | None, num_nodes: int) -> dict[str, Expected]:
-    device = device_of(profile, beside)
+def _expected(profile: Profile, num_nodes: int) -> dict[str, Expected]:
+    device = device_of(profile)
     return expected_rates(profile.node, device, num_nodes=num_nodes) if profile.node is not None and device is not None else {}

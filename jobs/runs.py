@@ -83,6 +83,7 @@ class RunLog:
             retries=progress.retries,
             doubled=progress.doubled,
             profile=self._profile,
+            usd_per_hour=self._accepted.usd_per_hour,
             engine=progress.engine,
             versions=versions(),
             replicas=tuple(replicas),

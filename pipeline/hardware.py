@@ -43,7 +43,10 @@ def profile_names() -> list[str]:
 
 
 def find_profile(name: str) -> Profile:
-    """By name, by the name of a VM size, or a path to a .yaml of the user's own. Raises JobError naming those there are."""
+    """By name, by the name of a VM size, or a path to a .yaml of the user's own; with its device, which may lie beside it.
+
+    Raises JobError naming those there are.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -59,9 +62,9 @@ def find_profile(name: str) -> Profile:
         profile = Profile.model_validate({"name": path.stem, **_mapping(path)})
     except ValidationError as error:
         raise JobError(f"profile {path}: {describe_validation(error)}") from None
-    if profile.node is not None:
-        device_of(profile, path.parent)
-    return profile
+    if profile.node is None or profile.accelerator is not None:
+        return profile
+    return profile.model_copy(update={"accelerator": load_device(profile.node.device, path.parent)})
 
 
 def profile_text(name: str) -> str:
@@ -69,15 +72,16 @@ def profile_text(name: str) -> str:
     return (_PROFILES / f"{find_profile(name).name}.yaml").read_text()
 
 
-def device_of(profile: Profile, beside: Path | None = None) -> Device | None:
+def device_of(profile: Profile) -> Device | None:
     """What its node computes on; None where the profile does not say. Raises JobError where no such device is described."""
-    return load_device(profile.node.device, beside) if profile.node is not None else None
+    if profile.accelerator is not None or profile.node is None:
+        return profile.accelerator
+    return load_device(profile.node.device)
 
 
-def price_of(name: str) -> float | None:
-    """USD an hour of one node of a profile, by its name; None where it is none of ours, or says no price."""
-    node = find_profile(name).node if name in profile_names() else None
-    return node.price.usd_per_hour if node is not None and node.price is not None else None
+def pci_name(device_id: int) -> str:
+    """What a device with this number on the PCI bus is; empty where none of ours says so."""
+    return next((device.description for device in map(load_device, device_names()) if device_id in device.pci_ids), "")
 
 
 def known_sizes() -> list[Profile]:
@@ -91,7 +95,7 @@ def profile_of_gpus(gpu_name: str, num_gpus: int) -> Profile | None:
         device = device_of(profile)
         assert profile.node is not None
         assert device is not None
-        if device.driver_name and device.driver_name in gpu_name and profile.node.devices == num_gpus:
+        if device.driver_name and device.driver_name.lower() in gpu_name.lower() and profile.node.devices == num_gpus:
             return profile
     return None
 

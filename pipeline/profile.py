@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes.util
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -15,11 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.fit import LONGEST_ROW
+from pipeline.fit import devices_for
+from pipeline.fit import kv_width_bytes
+from pipeline.fit import longest_row
+from pipeline.fit import whole
+from pipeline.gpus import find_gpus
 from pipeline.hardware import device_of
 from pipeline.hardware import find_profile
 from pipeline.hardware import profile_of_gpus
 from pipeline.model import Model
-from pipeline.roofline import devices_needed
 from pipeline.tuned import find_tuned
 from schemas.errors import JobError
 from schemas.job import EngineSpec
@@ -31,9 +35,6 @@ _MEMORY_SHARE = 0.8
 """Of the machine's memory that all replicas together may plan with."""
 _ENGINE_OVERHEAD_BYTES = 2 << 30
 """vLLM, torch and activations of one CPU replica; 1.4 GB measured with SmolLM2-135M, rounded up."""
-_WIDTH_BYTES = {"float32": 4}
-_LIVE_TOKENS = 1024
-"""Of a row in a GPU's batch, where replicas are cut before anybody has seen rows; prompt and half the completion."""
 ALLOCATORS = ("tcmalloc", "mimalloc", "tbbmalloc", "jemalloc")
 """Best first. Any of them spares the engine glibc's page faults on every logits buffer."""
 _LIBRARIES = {
@@ -81,35 +82,38 @@ class ReplicaPlan:
     bare: bool = False
     """Engine processes get nothing of Tokenmill's own environment: what somebody has who calls the engine by hand."""
     found: str = ""
-    """For people: where the settings come from, if they were tuned."""
+    """For people: where the settings come from, if they were tuned, and what they leave out."""
+    shortened: bool = False
+    """Whether max_model_len is less than the model's context because a replica's KV cache holds no more."""
+    usd_per_hour: float | None = None
+    """Of this node, as the profile says."""
 
     def environment_of(self, index: int) -> dict[str, str]:
         own = self.device_environments[index % len(self.device_environments)] if self.device_environments else {}
         return {**self.environment, **own}
 
 
-def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
-    """Looks at /proc, the scheduler's affinity and CUDA's or ROCm's device nodes; which of those are visible, the environment says."""
+def this_machine(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Machine:
+    """Looks at /proc and the scheduler's affinity, and for GPUs below `root`; which of those are visible, the environment says."""
     said = _cpuinfo()
     flags = set((said.get("flags") or said.get("Features") or "").split())
     if said.get("vendor_id") == "AuthenticAMD":
         flags |= {f"amd_{flag}" for flag in flags if flag.startswith("avx512")}  # its units are wider than others' of the same flag
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")))
+    gpus = find_gpus(root)
     given = environment.get("CUDA_VISIBLE_DEVICES")
     visible = tuple(device for device in (given or "").split(",") if device)
-    gpu_name, gpu_memory_bytes = _first_gpu() if gpus else ("", 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         cores=cores,
         core_ids=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
         memory_bytes=min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _container_memory_bytes()),
         cpu_flags=frozenset(flags),
-        num_gpus=len(visible) if given is not None else gpus,
+        num_gpus=len(visible) if given is not None else gpus.count,
         visible_gpus=visible,
         libraries=_find_libraries(),
         cpu_name=said.get("model name", ""),
-        gpu_name=gpu_name,
-        gpu_memory_bytes=gpu_memory_bytes,
+        gpu_name=gpus.name,
+        gpu_memory_bytes=gpus.memory_bytes,
     )
 
 
@@ -143,30 +147,12 @@ def _find_libraries() -> dict[str, str]:
     return found
 
 
-def _first_gpu() -> tuple[str, int]:
-    """Name and memory; the driver's own tool knows without loading CUDA into this process."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-        name, memory_mib = lines[0].rsplit(",", 1)
-        return name.strip(), int(memory_mib) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return "", 0
-
-
 def _container_memory_bytes() -> int:
     """The cgroup's limit; no limit is a very large one."""
     try:
         return int(Path("/sys/fs/cgroup/memory.max").read_text())
     except (OSError, ValueError):
         return 1 << 62
-
-
-def _whole(options: dict[str, Any], name: str, default: int) -> int:
-    value = options.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise JobError(f"engine.options.{name}: found {value!r}, expected a whole number above 0")
-    return value
 
 
 def load_profile(name: str, machine: Machine) -> Profile:
@@ -207,7 +193,8 @@ def cut_machine(
         return plan_replicas(load_profile(engine.profile, machine), machine, model, replicas=replicas, options=options)
     quick = tuned.quick if output_tokens is not None and output_tokens < tuned.quick_below_tokens else None
     plan = plan_replicas(quick or tuned.profile, machine, model, replicas=replicas, options=options)
-    return replace(plan, found=_where_from(tuned) + (", with those that are up sooner, for a small job" if quick else ""))
+    origin = _where_from(tuned) + (", with those that are up sooner, for a small job" if quick else "")
+    return replace(plan, found="; ".join(filter(None, (origin, plan.found))))
 
 
 def _where_from(tuned: Tuned) -> str:
@@ -227,26 +214,15 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     }
     replicas = replicas or profile.replicas
     if profile.device == "gpu":
-        asked = {**profile.options, **options}
-        most = machine.num_gpus or (profile.node.devices if profile.node is not None else 0)
-        width = _whole(asked, "tensor_parallel_size", _devices_of(profile, machine, model, asked, most))
-        made |= {"tensor_parallel_size": width} if width > 1 else {}
-        count = replicas or max(1, most // width)
-        devices = machine.visible_gpus or tuple(map(str, range(most)))
-        if count * width > most:
-            raise JobError(f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {most}")
-        visible = tuple({"CUDA_VISIBLE_DEVICES": ",".join(devices[index * width : (index + 1) * width])} for index in range(count))
-        return ReplicaPlan(
-            profile=profile.name, replicas=count, options={**made, **options}, environment=profile.environment, device_environments=visible
-        )
+        return _plan_gpus(profile, machine, model, replicas, options, made)
     made["dtype"] = next((dtype for flag, dtype in profile.dtype_by_cpu_flag.items() if flag in machine.cpu_flags), profile.dtype)
     dtype = str(options.get("dtype", made["dtype"]))
-    per_token = model.kv_values_per_token * _WIDTH_BYTES.get(dtype, 2)
-    model_len = _whole(options, "max_model_len", model_len)
+    per_token = model.kv_values_per_token * kv_width_bytes({}, dtype)
+    model_len = whole(options, "max_model_len", model_len)
     # Room for one longest row at least (vLLM refuses less), and no more than a full batch of longest rows could use.
-    kv_bytes = min(profile.kv_cache_bytes or 1 << 62, per_token * model_len * _whole(options, "max_num_seqs", profile.max_num_seqs))
-    kv_bytes = max(kv_bytes, int(1.05 * per_token * model_len))
-    kv_bytes = _whole(options, "kv_cache_memory_bytes", kv_bytes)
+    kv_bytes = min(profile.kv_cache_bytes or 1 << 62, per_token * model_len * whole(options, "max_num_seqs", profile.max_num_seqs))
+    kv_bytes = max(kv_bytes, int(LONGEST_ROW * per_token * model_len))
+    kv_bytes = whole(options, "kv_cache_memory_bytes", kv_bytes)
     made["kv_cache_memory_bytes"] = kv_bytes
     need = int(1.2 * model.weights_bytes) + kv_bytes + _ENGINE_OVERHEAD_BYTES
     usable = int(_MEMORY_SHARE * machine.memory_bytes)
@@ -266,31 +242,69 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
         environment["LD_PRELOAD"] = ":".join(paths)
     pinned = tuple(_pinned(machine, index, count) for index in range(count)) if profile.pin_cores and count <= machine.cores else ()
     return ReplicaPlan(
-        profile=profile.name, replicas=count, options={**made, **options}, environment=environment, device_environments=pinned
+        profile=profile.name,
+        replicas=count,
+        options={**made, **options},
+        environment=environment,
+        device_environments=pinned,
+        usd_per_hour=_price_of(profile),
     )
 
 
-def _devices_of(profile: Profile, machine: Machine, model: Model, options: Mapping[str, Any], most: int) -> int:
-    """GPUs of one replica: the fewest that hold weights and a batch. 1 where nobody knows their memory."""
-    device = device_of(profile)
-    memory_bytes = machine.gpu_memory_bytes or (device.memory_bytes if device is not None else 0)
-    if not memory_bytes or "tensor_parallel_size" in options:
-        return 1
-    width_bytes = 1 if str(options.get("kv_cache_dtype", "auto")).startswith("fp8") else 2
-    live_tokens = min(_LIVE_TOKENS, _whole(dict(options), "max_model_len", model.max_position_embeddings))
-    needed = devices_needed(
-        weight_bytes=model.weights_bytes,
-        kv_bytes_per_token=model.kv_values_per_token * width_bytes,
-        live_tokens=live_tokens,
-        memory_bytes=memory_bytes,
-        most=most,
-    )
-    if needed is None:
+def _plan_gpus(
+    profile: Profile, machine: Machine, model: Model, replicas: int | None, options: dict[str, Any], made: dict[str, Any]
+) -> ReplicaPlan:
+    """The fewest GPUs a replica that hold the weights and a batch; where they do not hold the model's longest row too, a shorter one."""
+    asked = {**profile.options, **options}
+    most = machine.num_gpus or (profile.node.devices if profile.node is not None else 0)
+    memory_bytes, context = _gpu_memory_bytes(profile, machine), made["max_model_len"]
+    kv_bytes = model.kv_values_per_token * kv_width_bytes(asked, str(asked.get("dtype", profile.dtype)))
+    sizes = {"weight_bytes": model.weights_bytes, "kv_bytes_per_token": kv_bytes, "memory_bytes": memory_bytes}
+    width = devices_for(asked, **sizes, most=most, context=context)
+    if width is None:
         raise JobError(
             f"model: its {model.weights_bytes / 1e9:.0f} GB of weights and a batch do not fit into this node's {most} GPUs of "
             f"{memory_bytes / 1e9:.0f} GB; make it smaller by `tokenmill model prepare`, or take a larger node; see `tokenmill plan`"
         )
-    return needed
+    count = replicas or max(1, most // width)
+    if count * width > most:
+        raise JobError(f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {most}")
+    longest = longest_row(asked, **sizes, devices=width) or context
+    shortened = longest < context and "max_model_len" not in asked
+    made |= {"tensor_parallel_size": width} if width > 1 else {}
+    made |= {"max_model_len": longest} if shortened else {}
+    devices = machine.visible_gpus or tuple(map(str, range(most)))
+    visible = tuple({"CUDA_VISIBLE_DEVICES": ",".join(devices[index * width : (index + 1) * width])} for index in range(count))
+    return ReplicaPlan(
+        profile=profile.name,
+        replicas=count,
+        options={**made, **options},
+        environment=profile.environment,
+        device_environments=visible,
+        found=_shortened_words(longest, context, width) if shortened else "",
+        shortened=shortened,
+        usd_per_hour=_price_of(profile),
+    )
+
+
+def _gpu_memory_bytes(profile: Profile, machine: Machine) -> int:
+    """Of one: what is described, which a plan knows too, but no more than this machine's has. 0 where nobody knows."""
+    device = device_of(profile)
+    known = [size for size in (machine.gpu_memory_bytes, int(device.memory_bytes) if device is not None else 0) if size]
+    return min(known, default=0)
+
+
+def _shortened_words(longest: int, context: int, width: int) -> str:
+    where = f"{width} GPUs" if width > 1 else "one GPU"
+    return (
+        f"prompt and completion may have {longest:,} tokens of the model's {context:,}: the KV cache of a replica on {where} holds no "
+        "longer row; for longer ones set engine.options.tensor_parallel_size higher"
+    )
+
+
+def _price_of(profile: Profile) -> float | None:
+    price = profile.node.price if profile.node is not None else None
+    return price.usd_per_hour if price is not None else None
 
 
 def _pinned(machine: Machine, index: int, count: int) -> dict[str, str]:

@@ -83,14 +83,28 @@ class Speed:
         return self.output_tokens_per_s / self.devices
 
 
-def devices_needed(*, weight_bytes: float, kv_bytes_per_token: float, live_tokens: float, memory_bytes: float, most: int) -> int | None:
+def kv_room_bytes(*, devices: int, weight_bytes: float, memory_bytes: float, memory_share: float = MEMORY_SHARE) -> float:
+    """What a replica's devices together have left for keys and values; below 0 where they do not hold the weights."""
+    return devices * (memory_share * memory_bytes - OVERHEAD_BYTES) - weight_bytes
+
+
+def devices_needed(
+    *,
+    weight_bytes: float,
+    kv_bytes_per_token: float,
+    live_tokens: float,
+    memory_bytes: float,
+    most: int,
+    memory_share: float = MEMORY_SHARE,
+) -> int | None:
     """The smallest tensor-parallel size, a power of two, that holds weights and MIN_LIVE_ROWS rows.
 
     All `most` of them where only they hold a few rows; None where not even they do.
     """
     devices = 1
     while devices <= most:
-        rows = (devices * (MEMORY_SHARE * memory_bytes - OVERHEAD_BYTES) - weight_bytes) / (kv_bytes_per_token * live_tokens)
+        room = kv_room_bytes(devices=devices, weight_bytes=weight_bytes, memory_bytes=memory_bytes, memory_share=memory_share)
+        rows = room / (kv_bytes_per_token * live_tokens)
         if rows >= MIN_LIVE_ROWS or (2 * devices > most and rows >= _FEW_LIVE_ROWS):
             return devices
         devices *= 2
@@ -108,13 +122,14 @@ def predict(
     most_devices: int,
     vllm: bool = True,
     devices: int | None = None,
+    weight_bytes: float | None = None,
     constants: Constants = CONSTANTS,
 ) -> Speed | None:
     """Of one replica on as few devices as hold it; None where `most_devices` do not. `precision` is of weights and of what they multiply.
 
-    Raises KeyError where the device does not compute in it.
+    `weight_bytes` are the weights' where they are stored in another precision. Raises KeyError where the device does not compute in it.
     """
-    weights = shape.weight_bytes(precision)
+    weights = shape.weight_bytes(precision) if weight_bytes is None else weight_bytes
     kv = shape.kv_bytes_per_token(kv_width_bytes)
     if devices is None:
         devices = devices_needed(
@@ -122,7 +137,7 @@ def predict(
         )
     if devices is None:
         return None
-    room = devices * (MEMORY_SHARE * device.memory_bytes - OVERHEAD_BYTES) - weights
+    room = kv_room_bytes(devices=devices, weight_bytes=weights, memory_bytes=device.memory_bytes)
     batch = min(float(max_num_seqs), room / (kv * work.live_tokens))
     if batch < 1:
         return None

@@ -58,7 +58,9 @@ class Device(Frozen):
     name: str
     description: str
     driver_name: str | None = None
-    """A part of what nvidia-smi or rocm-smi call it, by which it is recognised."""
+    """A part of what nvidia-smi or rocm-smi call it, by which it is recognised, in capitals or not."""
+    pci_ids: list[int] = []
+    """AMD: its numbers on the PCI bus, by which it is recognised where its name cannot be seen."""
     memory_gb: Figure
     """10^9 bytes that programs see."""
     gemm_tflops: dict[Precision, Rate]

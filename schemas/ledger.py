@@ -111,6 +111,8 @@ class RunAccount(Frozen):
     doubled: _Count = 0
     """Units that were run a second time because they held up the end."""
     profile: str
+    usd_per_hour: Annotated[float, Field(gt=0)] | None = None
+    """What a node cost, as far as that run knew."""
     engine: dict[str, Any]
     """kind, version, dtype, options: of the replica heard of first."""
     versions: dict[str, str]

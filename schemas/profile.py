@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 from typing import Any
 from typing import Literal
 
 from pydantic import Field
 
+from schemas.hardware import Device
 from schemas.hardware import Node
 from schemas.hardware import Precision
 from schemas.sampling import Frozen
@@ -20,6 +22,8 @@ class Profile(Frozen):
     device: Literal["cpu", "gpu"]
     node: Node | None = None
     """The hardware; None where the machine is looked at instead."""
+    accelerator: Device | None = None
+    """What `node.device` names, as it was described where the profile was read, so that whoever has the profile knows it."""
     precision: Precision | None = None
     """Of weights that `tokenmill model prepare` would make for it; what a checkpoint holds is what runs."""
     replicas: int | None = Field(default=None, ge=1)
@@ -32,7 +36,7 @@ class Profile(Frozen):
     max_num_batched_tokens: int = Field(ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     """Upper bound of prompt plus completion; by default the model's own."""
-    preload: tuple[str, ...] | None = None
+    preload: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """CPU only: libraries that engine processes start with, by the names that pipeline.profile knows; those that a machine lacks
     are left out. By default an allocator, where one is found."""
     pin_cores: bool = False

@@ -127,7 +127,7 @@ def _look(job_file: str | None, flags: dict[str, Any], *, forget: bool, as_json:
         times = f", {tuned.times_defaults:.1f} times its own defaults" if tuned.times_defaults else ""
         click.echo(f"{path}\n{tuned.made_at}, {tuned.engine}: {tuned.output_tokens_per_s:,.0f} output tok/s on {tuned.rows} rows{times}")
         for field, value in tuned.profile.model_dump(
-            mode="json", exclude_defaults=True, exclude={"name", "description", "environment"}
+            mode="json", exclude_defaults=True, exclude={"name", "description", "environment", "accelerator"}
         ).items():
             click.echo(f"  {field}: {value}")
         if tuned.quicker_model:

@@ -25,7 +25,6 @@ from jobs.report import report
 from jobs.status import Status
 from jobs.status import read_status
 from pipeline import storage
-from pipeline.hardware import price_of
 from pipeline.read import open_parquet
 from schemas import layout
 from schemas.completions import COMPLETION_TOKENS
@@ -75,8 +74,8 @@ class Evidence:
     """What a node costs, by run."""
 
 
-def gather(out_uri: str, *, account: Report | None = None, now: float | None = None) -> Evidence:
-    """Read it; the account, where nobody has read it before.
+def gather(out_uri: str, *, account: Report | None = None, now: float | None = None, usd_per_hour: float | None = None) -> Evidence:
+    """Read it; the account, where nobody has read it before. The price of a node, where it is given, is that of every run.
 
     Raises JobError where there is no job or no account of a run; ForeignOutput where a part is not what its name says.
     """
@@ -89,6 +88,7 @@ def gather(out_uri: str, *, account: Report | None = None, now: float | None = N
     units = _from_manifest(out_uri, fingerprint, sizes)
     if units is None:
         units = [unit for unit, _, _ in part_reports(out_uri, record, plan, sizes)]
+    limits = record.spec.limits
     return Evidence(
         account=account,
         status=read_status(out_uri, now=now),
@@ -99,7 +99,7 @@ def gather(out_uri: str, *, account: Report | None = None, now: float | None = N
         size_bytes=sum(sizes.values()),
         lengths=read_lengths(out_uri, names, prefix=record.spec.output.prefix),
         read_at=now or time.time(),
-        usd_per_hour={run.run: record.spec.limits.usd_per_hour or price_of(run.profile) for run in account.runs},
+        usd_per_hour={run.run: usd_per_hour or run.usd_per_hour or limits.usd_per_hour for run in account.runs},
     )
 
 

@@ -17,6 +17,7 @@ from schemas.errors import JobError
 from schemas.hardware import Device
 from schemas.hardware import Figure
 from schemas.hardware import Rate
+from schemas.profile import Profile
 
 SIZES = {
     "Standard_ND96asr_v4": ("a100-40", 8),
@@ -85,9 +86,37 @@ def test_a_size_of_the_users_own_needs_no_python(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(device))
     (tmp_path / "node.yaml").write_text(yaml.safe_dump(own))
     profile = find_profile(str(tmp_path / "node.yaml"))
-    found = device_of(profile, tmp_path)
+    found = device_of(profile)
     assert isinstance(found, Device)
     assert (profile.name, found.memory_bytes) == ("node", 96e9)
+    (tmp_path / "mine.yaml").unlink()
+    again = Profile.model_validate_json(profile.model_dump_json())
+    assert device_of(again) == found  # as a tuned profile, which is stored elsewhere, still knows it
+
+
+def test_every_size_says_in_which_precision_its_weights_are_best() -> None:
+    best = {"A100": "int8", "H100": "fp8", "H200": "fp8", "MI300X": "fp8", "GB200": "nvfp4", "GB300": "nvfp4"}
+    for size in known_sizes():
+        device = device_of(size)
+        assert device is not None
+        assert size.precision == next(precision for name, precision in best.items() if name in (device.driver_name or ""))
+        assert size.precision in device.gemm_tflops
+    assert find_profile("local-cpu").precision == "int8"
+
+
+def test_every_size_names_what_a_batch_runs_with_and_no_figure_is_published_that_nobody_read() -> None:
+    for size in known_sizes():
+        assert {"attention_backend", "max_cudagraph_capture_size", "gpu_memory_utilization"} <= set(size.options), size.name
+        assert size.options["max_cudagraph_capture_size"] >= size.max_num_seqs
+        fabric = size.node.fabric_gbit_per_s if size.node is not None else None
+        assert fabric is not None
+        assert (fabric.basis == "assumed") is ("not read" in fabric.source)
+
+
+def test_a_profile_may_say_what_is_preloaded(tmp_path: Path) -> None:
+    own = {**yaml.safe_load((Path("pipeline/profiles") / "local-cpu.yaml").read_text()), "preload": ["iomp"]}
+    (tmp_path / "node.yaml").write_text(yaml.safe_dump(own))
+    assert find_profile(str(tmp_path / "node.yaml")).preload == ("iomp",)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,46 @@ def test_fewer_replicas_than_gpus_are_taken_when_asked_for() -> None:
     assert [made.environment_of(index)["CUDA_VISIBLE_DEVICES"] for index in range(made.replicas)] == ["0", "1"]
 
 
+LARGE = replace(MODEL, weights_bytes=70 * GB, max_position_embeddings=131_072, kv_values_per_token=100_000)
+"""Of one GPU of 100 GB it leaves 16 GB to keys and values: for 76,190 tokens and a twentieth, of 200 kB each."""
+
+
+def test_a_context_that_the_cache_of_a_gpu_does_not_hold_is_cut_to_what_it_does() -> None:
+    made = plan(GPU, machine(96, num_gpus=8, gpu_memory_bytes=100 * GB), LARGE)
+    assert (made.replicas, made.options["max_model_len"], made.shortened) == (8, 76_032, True)
+    assert made.found.startswith(
+        "prompt and completion may have 76,032 tokens of the model's 131,072: the KV cache of a replica on one GPU"
+    )
+
+
+def test_a_context_that_a_user_names_stays() -> None:
+    made = plan(GPU, machine(96, num_gpus=8, gpu_memory_bytes=100 * GB), LARGE, max_model_len=131_072)
+    assert (made.options["max_model_len"], made.shortened, made.found) == (131_072, False, "")
+
+
+def test_a_wider_replica_keeps_the_models_context() -> None:
+    made = plan(GPU, machine(96, num_gpus=8, gpu_memory_bytes=100 * GB), LARGE, tensor_parallel_size=2)
+    assert (made.options["max_model_len"], made.shortened) == (131_072, False)
+
+
+def test_a_plan_knows_what_its_node_costs() -> None:
+    size = load_profile("nd96isr-h100-v5", machine(96))
+    assert size.node is not None
+    assert size.node.price is not None
+    dear = size.node.model_copy(update={"price": size.node.price.model_copy(update={"usd_per_hour": 7.0})})
+    assert plan(size.model_copy(update={"node": dear}), machine(96, num_gpus=8)).usd_per_hour == 7.0
+    assert plan(size.model_copy(update={"node": dear.model_copy(update={"price": None})}), machine(96, num_gpus=8)).usd_per_hour is None
+    assert plan(GPU, machine(96, num_gpus=8)).usd_per_hour is None
+
+
+def test_what_is_described_of_a_gpu_bounds_what_is_planned_with() -> None:
+    size = load_profile("nd96isr-h100-v5", machine(96))
+    sizes = [plan(size, machine(96, num_gpus=8, gpu_memory_bytes=memory * GB), LARGE) for memory in (0, 80, 85)]
+    assert sizes[0] == sizes[1] == sizes[2]  # as `tokenmill plan` sees it, which has no such GPU
+    small = plan(size, machine(96, num_gpus=8, gpu_memory_bytes=45 * GB), LARGE)
+    assert (sizes[0].options["tensor_parallel_size"], small.options["tensor_parallel_size"]) == (2, 4)
+
+
 def test_replicas_of_a_cpu_all_have_one_environment() -> None:
     made = plan(CPU, machine(16))
     assert made.environment_of(0) == made.environment_of(7) == made.environment

@@ -76,6 +76,10 @@ def test_a_size_becomes_engine_arguments_and_the_model_fits(profile: Profile, mo
         kv_bytes = where.kv_values_per_token * (1 if plan.options.get("kv_cache_dtype") == "fp8" else 2)
         room = width * (MEMORY_SHARE * machine.gpu_memory_bytes - OVERHEAD_BYTES) - where.weights_bytes
         assert room > 8 * 1024 * kv_bytes, (precision, width)
+        longest = plan.options["max_model_len"]
+        assert longest * kv_bytes <= room  # vLLM refuses to start with less
+        assert plan.shortened is (longest < where.max_position_embeddings)
+        assert plan.shortened is bool(plan.found)
         if width > 1:  # a smaller one does not hold 64 rows
             smaller = width / 2 * (MEMORY_SHARE * machine.gpu_memory_bytes - OVERHEAD_BYTES) - where.weights_bytes
             assert smaller < 64 * 1024 * kv_bytes
@@ -87,3 +91,16 @@ def test_a_user_may_ask_for_more_devices_a_replica() -> None:
     plan = plan_replicas(profile, machine_of(profile), where, replicas=None, options={"tensor_parallel_size": 4})
     assert (plan.replicas, plan.options["tensor_parallel_size"]) == (2, 4)
     assert [plan.environment_of(index)["CUDA_VISIBLE_DEVICES"] for index in range(2)] == ["0,1,2,3", "4,5,6,7"]
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "precision", "longest"),
+    [("nd128isr-gb300-v6", "llama-3.1-405b", "nvfp4", 90_880), ("nd96asr-v4", "llama-3.1-8b", "bf16", 107_008)],
+)
+def test_a_model_whose_longest_row_has_no_room_gets_a_shorter_context(size: str, model: str, precision: Precision, longest: int) -> None:
+    profile = next(known for known in known_sizes() if known.name == size)
+    machine, where = machine_of(profile), checkpoint(model, precision)
+    plan = plan_replicas(profile, machine, where, replicas=None, options={})
+    assert (plan.options["max_model_len"], plan.options.get("tensor_parallel_size")) == (longest, None)
+    wider = plan_replicas(profile, machine, where, replicas=None, options={"tensor_parallel_size": 2})
+    assert (wider.options["max_model_len"], wider.shortened) == (131_072, False)

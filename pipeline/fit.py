@@ -1,0 +1,72 @@
+"""Fit: how many GPUs hold a replica, and how long a row may be in it. Sizes and engine arguments in, numbers out.
+
+The one rule by which a run cuts its nodes and a plan foresees it. Nobody has seen rows then: they are taken to be of LIVE_TOKENS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.roofline import MEMORY_SHARE
+from pipeline.roofline import devices_needed
+from pipeline.roofline import kv_room_bytes
+from schemas.errors import JobError
+
+LIVE_TOKENS = 1024
+"""Of a row in the batch: prompt and half the completion. Assumed."""
+LONGEST_ROW = 1.05
+"""Times its keys and values that a cache has room for at least: vLLM counts in blocks, and refuses less than one longest row."""
+_STEP = 256
+"""Tokens that the longest row is a multiple of."""
+_WIDTH_BYTES = {"float32": 4}
+
+
+def whole(options: Mapping[str, Any], name: str, default: int) -> int:
+    """An engine argument that counts something. Raises JobError where it does not."""
+    value = options.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise JobError(f"engine.options.{name}: found {value!r}, expected a whole number above 0")
+    return value
+
+
+def kv_width_bytes(options: Mapping[str, Any], dtype: str) -> int:
+    """Of one number in the KV cache; `dtype` is that of the activations."""
+    return 1 if str(options.get("kv_cache_dtype", "auto")).startswith("fp8") else _WIDTH_BYTES.get(dtype, 2)
+
+
+def devices_for(
+    options: Mapping[str, Any], *, weight_bytes: float, kv_bytes_per_token: float, memory_bytes: float, most: int, context: int
+) -> int | None:
+    """GPUs of one replica: as asked for, or the fewest that hold the weights and a batch. 1 where nobody knows their memory.
+
+    None where not even `most` hold them. Raises JobError where an option is none.
+    """
+    if "tensor_parallel_size" in options or not memory_bytes:
+        return whole(options, "tensor_parallel_size", 1)
+    return devices_needed(
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        live_tokens=min(LIVE_TOKENS, whole(options, "max_model_len", context)),
+        memory_bytes=memory_bytes,
+        most=most,
+        memory_share=_memory_share(options),
+    )
+
+
+def longest_row(
+    options: Mapping[str, Any], *, devices: int, weight_bytes: float, kv_bytes_per_token: float, memory_bytes: float
+) -> int | None:
+    """Tokens of the longest row for which so many GPUs' KV cache has room; None where nobody knows their memory, or it has none."""
+    if "kv_cache_memory_bytes" in options:
+        room = float(devices * whole(options, "kv_cache_memory_bytes", 1))
+    elif memory_bytes:
+        room = kv_room_bytes(devices=devices, weight_bytes=weight_bytes, memory_bytes=memory_bytes, memory_share=_memory_share(options))
+    else:
+        return None
+    return max(0, int(room / (LONGEST_ROW * kv_bytes_per_token)) // _STEP * _STEP) or None
+
+
+def _memory_share(options: Mapping[str, Any]) -> float:
+    share = options.get("gpu_memory_utilization", MEMORY_SHARE)
+    return float(share) if isinstance(share, int | float) else MEMORY_SHARE
