@@ -302,7 +302,7 @@ def _drive(
         while progress.notes:
             display.say(progress.notes.pop(0))
         if progress.canary in ("done", "stopped") and not canary_shown:
-            canary_shown = True
+            canary_shown, next_status = True, 0.0  # who looks from elsewhere hears of it now
             with _spoken("the canary's rows", display):
                 _show_canary(accepted, display)
         speed = meter.measure(progress)
