@@ -16,9 +16,9 @@ from jinja2.ext import loopcontrols
 
 _PLAIN = (
     nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Assign, nodes.Break, nodes.Continue,
-    nodes.Name, nodes.NSRef, nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair, nodes.Keyword, nodes.CondExpr,
+    nodes.Name, nodes.NSRef, nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Keyword, nodes.CondExpr,
     nodes.Getattr, nodes.Getitem, nodes.Slice, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Neg, nodes.Add, nodes.Sub,
-    nodes.Mul, nodes.Div, nodes.FloorDiv,
+    nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Compare,
 )  # fmt: skip
 """What a watched text notices, or what has nothing to do with texts. Not {% macro %}, {% call %}, {% filter %} and {% set %} with a
 body, which join what is put out in them, nor {% include %} and its like."""
@@ -35,7 +35,8 @@ _FUNCTIONS = frozenset({"raise_exception", "strftime_now", "namespace", "range",
 
 def in_sight(template: str) -> bool:
     try:
-        return _seen(Environment(extensions=[loopcontrols]).parse(template))
+        tree = Environment(extensions=[loopcontrols]).parse(template)
+        return _seen(tree) and all(_looks_up_in_sight(compare, _own_fields(tree)) for compare in tree.find_all(nodes.Compare))
     except (TemplateSyntaxError, RecursionError):
         return False
 
@@ -52,8 +53,8 @@ def _seen(node: nodes.Node, *, put_out: bool = False) -> bool:
             seen = node.name != "in"
         case nodes.Mod():  # of numbers; of a text it is formatting
             seen = isinstance(node.right, nodes.Const) and isinstance(node.right.value, int)
-        case nodes.Compare():
-            seen = not any(operand.op in ("in", "notin") for operand in node.ops) or _looks_up_in_sight(node)
+        case nodes.Pair():
+            seen = isinstance(node.key, nodes.Const)
         case nodes.Call():
             seen = _calls_in_sight(node)
         case _:
@@ -69,10 +70,29 @@ def _calls_in_sight(call: nodes.Call) -> bool:
     return isinstance(call.node, nodes.Getattr) and _constant(call.args, call.kwargs, call.dyn_args, call.dyn_kwargs)
 
 
-def _looks_up_in_sight(compare: nodes.Compare) -> bool:
-    """A constant in anything, or anything in a list that is spelt out: `text in 'some words'` would not be noticed."""
+def _looks_up_in_sight(compare: nodes.Compare, own_fields: set[str]) -> bool:
+    """A constant in anything, anything in a list that is spelt out, or a message's other fields in anything.
+
+    `text in 'some words'` would not be noticed.
+    """
+    if not any(operand.op in ("in", "notin") for operand in compare.ops):
+        return True
+    what = compare.expr
+    if isinstance(what, nodes.Getattr):
+        other = what.attr not in own_fields
+    elif isinstance(what, nodes.Getitem) and isinstance(what.arg, nodes.Const):
+        other = isinstance(what.arg.value, str) and what.arg.value not in own_fields
+    else:
+        other = False
     spelt_out = isinstance(compare.ops[0].expr, nodes.List | nodes.Tuple)
-    return len(compare.ops) == 1 and (isinstance(compare.expr, nodes.Const) or spelt_out)
+    return len(compare.ops) == 1 and (other or spelt_out or isinstance(what, nodes.Const))
+
+
+def _own_fields(tree: nodes.Template) -> set[str]:
+    """Names under which a text may be found: a message's own, and those that the template makes itself."""
+    made = {keyword.key for keyword in tree.find_all(nodes.Keyword)} | {field.attr for field in tree.find_all(nodes.NSRef)}
+    keys = {pair.key.value for pair in tree.find_all(nodes.Pair) if isinstance(pair.key, nodes.Const)}
+    return {"content", *made, *map(str, keys)}
 
 
 def _constant(args: list[nodes.Expr], kwargs: Sequence[nodes.Keyword | nodes.Pair], *dynamic: nodes.Expr | None) -> bool:

@@ -17,6 +17,7 @@ _IN_SIGHT = {
         "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
         "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}{%- endif %}"
         "{%- for m in messages %}{%- if 'tool_calls' in m %}{%- if not m.tool_calls|length == 1 %}{{- raise_exception('one') }}{%- endif %}"
+        "{%- elif builtin_tools is defined and m.tool_calls[0].function.name in builtin_tools %}{{- m.tool_calls[0].function.name }}"
         "{%- elif m.role == 'tool' or m.role in ['ipython', 'x'] %}{{- m.content | tojson }}{%- else %}{{- m.content | trim + '<|e|>' }}"
         "{%- endif %}{%- endfor %}"
     ),
@@ -48,6 +49,11 @@ _OUT_OF_SIGHT = {
     "read as a number": f"{{% if {_CONTENT} | int == 5 %}}five{{% endif %}}",
     "as JSON, then looked at": f"{{% if ({_CONTENT} | tojson)[1] == 'a' %}}a{{% endif %}}",
     "looked up in a text": f"{{% if {_CONTENT} in 'some words' %}}known{{% endif %}}",
+    "a kept text, looked up in a text": (
+        "{% set ns = namespace(name='') %}{% set ns.name = messages[0].content %}{% if ns.name in 'some words' %}known{% endif %}"
+    ),
+    "a text in a mapping, looked up in a text": "{% if {'name': messages[0].content}['name'] in 'some words' %}known{% endif %}",
+    "a text under a made-up key": "{% if {'na' + 'me': messages[0].content}.name in 'some words' %}known{% endif %}",
     "looked up in a text by a test": f"{{% if {_CONTENT} is in 'some words' %}}known{{% endif %}}",
     "looked up in a text by a filter": f"{{{{ [{_CONTENT}] | select('in', 'some words') | list }}}}",
     "looked up by a method": f"{{{{ 'some words'.find({_CONTENT}) }}}}",
