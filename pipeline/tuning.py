@@ -338,8 +338,6 @@ def _gpu_space(machine: Machine, start: Setting, models: Sequence[Model], option
     else:
         replicas, width = cuts[models[0].weights_digest][-1]
         start = start.but(replicas=replicas, **width)
-    blackwell = "b200" in machine.gpu_name.lower() or "b300" in machine.gpu_name.lower()
-    backends = ("FLASHINFER", "FLASH_ATTN", "TRITON_ATTN") if blackwell else ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
     return Space(
         start=start,
         models=_most_promising(models),
@@ -349,7 +347,7 @@ def _gpu_space(machine: Machine, start: Setting, models: Sequence[Model], option
             ("max_num_batched_tokens", (4096, 8192, 16384, 32768)),
         ),
         rest=(
-            *({"attention_backend": name} for name in backends),
+            *({"attention_backend": name} for name in _backends(machine.gpu_name)),
             {"max_cudagraph_capture_size": 1024},  # the engine's own stops at 512 but for Blackwell; larger batches run without a graph
             {"block_size": 32},
             {"block_size": 64},
@@ -358,13 +356,20 @@ def _gpu_space(machine: Machine, start: Setting, models: Sequence[Model], option
     )
 
 
+def _backends(gpu_name: str) -> tuple[str, ...]:
+    """vLLM's for attention, the most promising first."""
+    name = gpu_name.lower()
+    if "amd" in name:
+        return ("ROCM_ATTN", "ROCM_AITER_FA", "TRITON_ATTN")
+    blackwell = "b200" in name or "b300" in name
+    return ("FLASHINFER", "FLASH_ATTN", "TRITON_ATTN") if blackwell else ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+
+
 def _gpu_cuts(machine: Machine, model: Model, tokens_per_row: int) -> tuple[Cut, ...]:
     """The smallest tensor-parallel width that fits and the next, widest first."""
     widths = [width for width in _doubling(machine.num_gpus) if machine.num_gpus % width == 0]
     fitting = [width for width in widths if _fits(model, machine, width, tokens_per_row)] or widths[-1:]
-    return tuple(
-        (machine.num_gpus // width, {"tensor_parallel_size": width if width > 1 else None}) for width in reversed(fitting[:_WIDTHS])
-    )
+    return tuple((machine.num_gpus // width, {"tensor_parallel_size": width}) for width in reversed(fitting[:_WIDTHS]))
 
 
 def _fits(model: Model, machine: Machine, width: int, tokens_per_row: int) -> bool:

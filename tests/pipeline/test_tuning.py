@@ -274,21 +274,34 @@ def test_a_whole_space_of_a_node_with_eight_h100() -> None:
 
 def test_a_node_with_four_gb200_takes_one_device_a_replica_for_fp4() -> None:
     where = space(GB200, LLAMA_70B_FP4, rows=4096)
-    assert (where.start.replicas, where.start.get("tensor_parallel_size")) == (4, None)
-    assert where.cuts_of("70b-fp4") == ((2, {"tensor_parallel_size": 2}), (4, {"tensor_parallel_size": None}))
+    assert (where.start.replicas, where.start.get("tensor_parallel_size")) == (4, 1)
+    assert where.cuts_of("70b-fp4") == ((2, {"tensor_parallel_size": 2}), (4, {"tensor_parallel_size": 1}))
     assert where.rest[0] == {"attention_backend": "FLASHINFER"}
     assert space(replace(GB200, gpu_memory_bytes=150 * GB), LLAMA_70B, rows=4096).start.get("tensor_parallel_size") == 2
 
 
 def test_a_smaller_precision_may_run_on_fewer_devices() -> None:
     where = space(H100, LLAMA_70B, LLAMA_70B_FP4, rows=4096)
-    assert where.cuts_of("70b-fp4") == ((4, {"tensor_parallel_size": 2}), (8, {"tensor_parallel_size": None}))
+    assert where.cuts_of("70b-fp4") == ((4, {"tensor_parallel_size": 2}), (8, {"tensor_parallel_size": 1}))
 
     def speed(setting: Setting) -> float:
         return {"70b": 1.0, "70b-fp4": 2.0}[setting.model] * setting.replicas
 
     step, _ = search(where, speed)
-    assert (step.best.model, step.best.replicas, step.best.get("tensor_parallel_size")) == ("70b-fp4", 8, None)
+    assert (step.best.model, step.best.replicas, step.best.get("tensor_parallel_size")) == ("70b-fp4", 8, 1)
+
+
+def test_a_trial_runs_on_as_many_devices_as_its_setting_says() -> None:
+    where = space(H100, replace(LLAMA_70B_FP8, weights_bytes=66 * GB), rows=4096, tokens_per_row=64)
+    narrow = where.start.but(replicas=8, tensor_parallel_size=1)  # a run would take two of them
+    plan = plan_of(narrow, load_profile("auto", H100), H100, replace(LLAMA_70B_FP8, weights_bytes=66 * GB), {})
+    assert (plan.replicas, plan.environment_of(1)["CUDA_VISIBLE_DEVICES"]) == (8, "1")
+
+
+def test_amds_gpus_are_tried_with_backends_of_their_own() -> None:
+    mi300x = Machine(cores=96, memory_bytes=1850 * GB, num_gpus=8, gpu_name="AMD Instinct MI300X VF", gpu_memory_bytes=205 * GB)
+    tried = [change["attention_backend"] for change in space(mi300x, LLAMA_70B).rest if "attention_backend" in change]
+    assert tried == ["ROCM_ATTN", "ROCM_AITER_FA", "TRITON_ATTN"]
 
 
 def test_every_replica_of_a_gpu_setting_gets_its_devices() -> None:
