@@ -23,8 +23,9 @@ _MIN_WIDTH = 110
 @click.option("--raw", metavar="FILE.json", help="What `tokenmill bench engine --json` said of the same model and settings.")
 @click.option("--html", metavar="PATH", help="Where the page goes, instead of _tokenmill/report.html in OUTPUT.")
 @click.option("--markdown", metavar="PATH", help="Write the same as Markdown there, too.")
+@click.option("--usd-per-hour", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="What a node costs, for the page's cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON; write only what --html and --markdown name.")
-def report(output: str, raw: str | None, html: str | None, markdown: str | None, as_json: bool) -> None:
+def report(output: str, raw: str | None, html: str | None, markdown: str | None, usd_per_hour: float | None, as_json: bool) -> None:
     """Report on the job that writes to OUTPUT, done or not, over all its runs, from storage alone.
 
     Writes one page, OUTPUT/_tokenmill/report.html, that loads nothing from elsewhere, and prints where every engine second went:
@@ -46,6 +47,7 @@ def report(output: str, raw: str | None, html: str | None, markdown: str | None,
       tokenmill report out/
       tokenmill report out/ --html report.html --markdown report.md
       tokenmill report out/ --raw engine.json --json
+      tokenmill report out/ --usd-per-hour 12.5
     """
     from jobs.report import report as report_on
 
@@ -57,7 +59,8 @@ def report(output: str, raw: str | None, html: str | None, markdown: str | None,
     if not as_json or html or markdown:
         from jobs.reporting.write import write_report
 
-        for uri in write_report(output, account=found, html=html, markdown=markdown, page=not as_json or html is not None):
+        page = not as_json or html is not None
+        for uri in write_report(output, account=found, html=html, markdown=markdown, page=page, usd_per_hour=usd_per_hour):
             click.echo(f"report: {uri}", err=as_json)
 
 

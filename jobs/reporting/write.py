@@ -13,14 +13,22 @@ from schemas.errors import JobError
 
 
 def write_report(
-    out_uri: str, *, account: Report | None = None, html: str | None = None, markdown: str | None = None, page: bool = True
+    out_uri: str,
+    *,
+    account: Report | None = None,
+    html: str | None = None,
+    markdown: str | None = None,
+    page: bool = True,
+    usd_per_hour: float | None = None,
 ) -> list[str]:
     """Where it lies: the page at `html`, by default in the output, unless no `page` is wanted; and Markdown where that is named.
+
+    A node costs what was known in each run, unless `usd_per_hour` says it.
 
     Raises JobError where there is no job, or a place cannot be written to.
     """
     out_uri = storage.absolute(out_uri)
-    made = document(gather(out_uri, account=account))
+    made = document(gather(out_uri, account=account, usd_per_hour=usd_per_hour))
     written = []
     if page:
         written.append(_put("--html", storage.absolute(html) if html else storage.join(out_uri, layout.REPORT), to_html(made)))

@@ -91,12 +91,14 @@ def build(folder: Path, *, units: int, rows: int, replicas: int, done: int | Non
         writer.write(pa.RecordBatch.from_arrays([*keys, *completion_arrays(completions, job)], schema=schema))
         commit(str(out / unit.part_name(record.fingerprint)), writer.finish(report, {}), report)
         reports.append(report)
-    account = _account(rng, reports, record.fingerprint, names, over=done == units)
+    price = job.limits.usd_per_hour or 98.32
+    account = _account(rng, reports, record.fingerprint, names, over=done == units, usd_per_hour=price)
     if done == units:
         (out / layout.RUNS / f"{account.run}.json").write_text(account.model_dump_json())
     said = {
         "state": account.state, "updated_at": time.time(), "host": "driver-0", "error_rows": account.error_rows, "replicas": [],
         "output_tokens_per_s": 1.0, "eta_s": None, "failed_units": {}, "account": account.model_dump(mode="json"),
+        "units_done": len(reports), "rows_done": account.rows,
     }  # fmt: skip
     (out / layout.STATUS).write_text(json.dumps(said))
     if done == units:
@@ -137,7 +139,9 @@ def _report(rng: random.Random, unit: WorkUnit, completions: list[Completion], f
     )  # fmt: skip
 
 
-def _account(rng: random.Random, reports: list[UnitReport], fingerprint: str, names: list[str], *, over: bool) -> RunAccount:
+def _account(
+    rng: random.Random, reports: list[UnitReport], fingerprint: str, names: list[str], *, over: bool, usd_per_hour: float
+) -> RunAccount:
     ended_at = max(report.finished_at for report in reports) + 5
     elapsed_s = ended_at - _BEGAN_AT
     tokens = sum(report.completion_tokens for report in reports)
@@ -165,7 +169,7 @@ def _account(rng: random.Random, reports: list[UnitReport], fingerprint: str, na
             "units": len(reports), "rows": sum(report.rows for report in reports),
             "error_rows": sum(report.error_rows for report in reports),
             "prompt_tokens": sum(report.prompt_tokens for report in reports), "output_tokens": tokens, "retries": 12,
-            "profile": "nd96isr-h100-v5",
+            "profile": "nd96isr-h100-v5", "usd_per_hour": usd_per_hour,
             "engine": {"kind": "simulated", "version": "1", "dtype": "float32", "options": {"max_num_seqs": 256}},
             "versions": {"tokenmill": "0.1.0", "distributed": "2026.3", "python": "3.11"}, "replicas": tuple(made),
         }

@@ -332,6 +332,22 @@ def test_two_runs_of_one_job_are_listed_in_their_order(ran: Path, make_job: Make
     assert (left_out, runs[0].began_at < runs[1].began_at) == ([], True)
 
 
+def test_each_run_says_what_its_nodes_cost_and_the_command_what_those_did_that_did_not_know(
+    ran: Path, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """The job that lies in the output is the first run's, which named no price."""
+    sorted(ran.glob("part-*.parquet"))[1].unlink()
+    run(job(make_job, limits={"usd_per_hour": 3.0}), stream=io.StringIO())
+    assert [account.usd_per_hour for account in report(str(ran)).runs] == [None, 3.0]
+    page = tmp_path / "r.md"
+    asked = ["report", str(ran), "--json", "--markdown", str(page)]
+    assert CliRunner().invoke(main, asked).exit_code == 0
+    assert "Not known: nobody has said what a node of profile simulated costs." in page.read_text()
+    assert CliRunner().invoke(main, [*asked, "--usd-per-hour", "2.5"]).exit_code == 0
+    assert "2.50 USD per node and hour" in page.read_text()
+    assert CliRunner().invoke(main, [*asked, "--usd-per-hour", "0"]).exit_code == 2
+
+
 def test_a_run_with_nothing_to_do_leaves_no_account(ran: Path, make_job: MakeJob) -> None:
     run(job(make_job), stream=io.StringIO())
     assert len(run_files(ran)) == 1

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from jobs.reporting.evidence import read_lengths
 from jobs.reporting.html import to_html
 from jobs.reporting.markdown import escaped
 from jobs.reporting.markdown import to_markdown
+from jobs.reporting.sections import balance
 from jobs.reporting.sections import document
 from jobs.reporting.sections import ledger
 from jobs.reporting.sections import so_far
+from jobs.reporting.sections import throughput
 from jobs.reporting.write import write_report
 from pipeline import storage
 from schemas import layout
@@ -135,6 +138,47 @@ def test_an_unfinished_job_is_reported_so_far(made_so_far: Document) -> None:
     text = page_of(made_so_far).text
     assert "144 of 320 in 9 of 20 units" in text
     assert "12.00 USD per node and hour" in text
+
+
+def test_the_price_of_a_node_may_be_said_for_a_page(done: Path, under_way: Path, tmp_path: Path) -> None:
+    """Whatever the job, its runs and their profile said."""
+    for out in (done, under_way):
+        assert set(gather(str(out), usd_per_hour=3.5).usd_per_hour.values()) == {3.5}
+    write_report(str(done), html=str(tmp_path / "r.html"), usd_per_hour=3.5)
+    assert "3.50 USD per node and hour" in Page((tmp_path / "r.html").read_text()).text
+
+
+def test_a_run_costs_what_it_knew_before_what_the_job_was_begun_with(under_way: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(under_way, out)
+    said = json.loads((out / layout.STATUS).read_text())
+    said["account"]["usd_per_hour"] = 20.0
+    (out / layout.STATUS).write_text(json.dumps(said))
+    assert list(gather(str(out)).usd_per_hour.values()) == [20.0]
+    assert list(gather(str(under_way)).usd_per_hour.values()) == [12.0]
+
+
+def test_tokens_that_were_copied_or_saved_are_named_with_the_speed_and_reused_ones_are_not_in_it(done: Path) -> None:
+    found = gather(str(done))
+    units = tuple(
+        replace(unit, copied_tokens=10, resumed_tokens=0, reused_tokens=unit.completion_tokens * index // 23)
+        for index, unit in enumerate(found.units)
+    )
+    section = throughput(replace(found, units=units))
+    assert section is not None
+    assert "Among them are 240 that were copied from identical rows." in section.plots[0].says
+    assert (
+        f"The {sum(unit.reused_tokens for unit in units):,} tokens of rows reused from earlier outputs are not in it."
+        in section.plots[0].says
+    )
+
+
+def test_a_job_whose_rows_were_all_reused_has_rows_over_time_and_no_speed(done: Path) -> None:
+    found = gather(str(done))
+    section = throughput(replace(found, units=tuple(replace(unit, reused_tokens=unit.completion_tokens) for unit in found.units)))
+    assert section is not None
+    assert [plot.title for plot in section.plots] == ["Rows committed"]
+    assert balance(replace(found, units=tuple(replace(unit, reused_tokens=unit.completion_tokens) for unit in found.units))) is not None
 
 
 def test_a_job_whose_driver_is_silent_is_interrupted(under_way: Path) -> None:
