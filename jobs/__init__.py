@@ -1,9 +1,18 @@
 """How work is asked for: plan, drive, verify, report. Notebooks call `jobs.run`, `jobs.submit` and `jobs.attach`."""
 
+import typing as _typing
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 from pathlib import Path as _Path
-from typing import Any as _Any
+
+if _typing.TYPE_CHECKING:
+    from jobs.api import load_job as load_job
+    from jobs.handle import Job as Job
+    from jobs.notebook import attach as attach
+    from jobs.notebook import run as run
+    from jobs.notebook import submit as submit
+    from schemas.job import JobSpec as JobSpec
+    from schemas.job import parse_job as parse_job
 
 _HOME = _Path(__file__).resolve().parent.parent
 
@@ -26,11 +35,16 @@ _PUBLIC = {
     "run": "jobs.notebook",
     "submit": "jobs.notebook",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = ["Job", "JobSpec", "attach", "load_job", "parse_job", "run", "submit"]
 
 
-def __getattr__(name: str) -> _Any:
+def __getattr__(name: str) -> _typing.Any:
     """Public names are loaded when first used, so that `import jobs` stays quick."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jobs' has no attribute {name!r}")
     return getattr(_import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What completion offers, before anything of it is loaded."""
+    return list(__all__)

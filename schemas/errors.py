@@ -34,6 +34,10 @@ class TokenmillError(Exception):
     said: dict[str, Any] | None = None
     """Of the replica on which it happened: its name, and what its ledger said then."""
 
+    def _render_traceback_(self) -> list[str]:
+        """For IPython: the message is all that helps."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class JobError(TokenmillError):
     """The job is wrong. The message says where, what was found, what is allowed."""
