@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from jobs.live import _Output
 from jobs.notebook import make_job
 from schemas.errors import JobError
 from schemas.job import JobSpec
+from schemas.job import PromptMessages
+from tests.jobs.batch_jobs import batch_job
 
 SIMULATED = {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}}
 SLOW = {"kind": "simulated", "options": {"decode_tokens_per_s": 300, "max_num_seqs": 4, "lengths": "max"}}
@@ -94,6 +97,30 @@ def test_a_spec_says_all(fields: dict[str, Any], tmp_path: Path) -> None:
     assert isinstance(make_job(spec, {}), JobSpec)
     with pytest.raises(JobError, match="a JobSpec says all"):
         make_job(spec, {"max_tokens": 9})
+
+
+def test_messages_take_the_place_of_a_job_files_prompt_and_stand_beside_none(fields: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"model": "demo", "input": {"uri": "in.parquet", "prompt": "q"}, "output": {"uri": "out"}}))
+    assert make_job(file, {"messages": "chat"}).input.source == PromptMessages(messages="chat")
+    with pytest.raises(JobError, match="prompt and messages: give one of them"):
+        make_job("in.parquet", {**fields, "messages": "chat"})
+
+
+def test_a_job_for_azure_batch_is_refused_before_anything_is_stored(tmp_path: Path) -> None:
+    data = batch_job()
+    sections = {name: data[name] for name in ("input", "storage", "cluster")}
+    with pytest.raises(JobError, match=r"put onto Batch by `tokenmill submit job.yaml`.*jobs.attach\('az://results/night'\)"):
+        jobs.submit(TABLE, model=data["model"], output="az://results/night", **sections)
+
+
+def test_what_is_public_is_offered_by_name_and_by_keyword() -> None:
+    assert dir(jobs) == ["Job", "JobSpec", "attach", "load_job", "parse_job", "run", "submit"]
+    asked, run = (inspect.signature(call).parameters for call in (jobs.submit, jobs.run))
+    usual = {"model", "prompt", "messages", "output", "max_tokens", "temperature", "engine", "cluster", "canary", "reuse", "storage"}
+    assert usual < set(asked)
+    assert {name: each for name, each in run.items() if name != "show"} == dict(asked)
+    assert [name for name, each in asked.items() if each.kind is each.KEYWORD_ONLY and each.annotation is each.empty] == []
 
 
 # Tables are staged by what is in them.
