@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import os
 import queue
 import statistics
 import threading
@@ -46,6 +47,8 @@ from schemas.unit import WorkUnit
 
 State = Literal["starting", "running", "draining", "complete", "failed", "limit", "drained", "interrupted"]
 
+ASKED_AT = "TOKENMILL_ASKED_AT"
+"""Unix seconds, for a process that is started for one run: requests to drain count from then on."""
 _TICK_S = 0.5
 _LOOK_EVERY_S = 0.25
 """At all replicas, whose words are a second old, or older where they are many."""
@@ -163,6 +166,11 @@ def drain_asked_since(out_uri: str, began_at: float) -> bool:
     except (OSError, ValueError):
         return False  # a store that does not answer now is asked again in a moment
     return asked_at >= began_at
+
+
+def asked_at(began_at: float) -> float:
+    """When somebody asked for this run: before it began, where a notebook had its process started."""
+    return float(os.environ.get(ASKED_AT) or began_at)
 
 
 @dataclass(slots=True)
@@ -298,7 +306,7 @@ class Driver:
             progress.state = "running"
         if now >= self._next_control and not self._drain.is_set():
             self._next_control = now + _CONTROL_EVERY_S
-            if drain_asked_since(self._accepted.out_uri, progress.began_at):
+            if drain_asked_since(self._accepted.out_uri, asked_at(progress.began_at)):
                 self._say("`tokenmill cancel` asked this job to drain")
                 self.drain()
         self._look_at_caps(now)

@@ -6,8 +6,11 @@ import contextlib
 import html
 import sys
 import time
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import Self
@@ -19,20 +22,23 @@ from jobs.canary_rows import some_of
 from jobs.canary_rows import where
 from jobs.live import Live
 from jobs.live import View
-from jobs.live import look
+from jobs.live import view_of
 from jobs.outputs import Committed
 from jobs.outputs import committed
 from jobs.outputs import shown_columns
 from jobs.report import Report
 from jobs.report import report as read_job_report
 from jobs.started import Started
+from jobs.status import GOES_ON
 from jobs.status import Status
-from jobs.status import cancel as cancel_job
+from jobs.status import StatusReader
+from jobs.status import ask_to_drain
 from jobs.status import read_status
 from jobs.verify import Verdict
 from jobs.verify import verify as verify_output
-from schemas.errors import EXIT_UNITS_FAILED
-from schemas.errors import EXIT_WRONG_JOB
+from pipeline import credentials
+from pipeline import storage
+from schemas import layout
 from schemas.errors import JobError
 from schemas.errors import TokenmillError
 
@@ -41,16 +47,15 @@ if TYPE_CHECKING:
     import polars
 
 _LOOK_EVERY_S = 2.0
+_PLAN_EVERY_S = 0.2
+_PLAN_WITHIN_S = 60.0
+"""So long rows are waited for of a process that has not stored its plan."""
 _ENDED = ("complete", "failed", "limit", "drained", "interrupted")
 _CELL_CHARACTERS = 300
 
 
 class JobFailed(TokenmillError):
     """A job's process ended without doing all of it; the message is what it said."""
-
-    def _render_traceback_(self) -> list[str]:
-        """For IPython: the message is all that helps."""
-        return [f"{type(self).__name__}: {self}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,32 +89,28 @@ class Job:
         self.output = output
         """The folder or URI that the job writes to."""
         self._started = started
+        self._reader = StatusReader(output)
 
     def status(self) -> Status:
-        """How it stands. Raises JobError where there is no job yet, JobFailed where its process ended before there was."""
-        try:
-            return read_status(self.output)
-        except JobError:
-            if self._started is not None and self._started.exit_code is not None:
-                raise self._failure(self._started) from None
-            raise
+        """How it stands. Raises JobError where there is no job, JobFailed where its process ended before it began."""
+        return self._status(lambda: read_status(self.output))
 
     def wait(self, timeout_s: float | None = None, *, show: bool = True) -> Self:
         """Until it ends, or so many seconds, with a live display. An interrupt ends the waiting, not the job.
 
-        Raises JobFailed where it was refused or units failed. Drained or at a limit it is over, too: see `status`.
+        Raises JobFailed where it was refused, units failed or its process was killed. Drained or at a limit it is over, too: see `status`.
         """
         until = None if timeout_s is None else time.monotonic() + timeout_s
         live = Live() if show else None
         try:
             while not self._over():
-                if live is not None and (view := look(self.output)) is not None:
+                if live is not None and (view := self._view()) is not None:
                     live.update(view)
                     self._show_canary(live, view)
                 if until is not None and time.monotonic() >= until:
                     return self
                 time.sleep(_LOOK_EVERY_S if until is None else max(0.0, min(_LOOK_EVERY_S, until - time.monotonic())))
-            if live is not None and (view := look(self.output)) is not None:
+            if live is not None and (view := self._view()) is not None:
                 live.update(view)
                 self._show_canary(live, view)
         except KeyboardInterrupt:
@@ -118,13 +119,16 @@ class Job:
         finally:
             if live is not None:
                 live.close()
-        if self._started is not None and self._started.exit_code in (EXIT_UNITS_FAILED, EXIT_WRONG_JOB):
-            raise self._failure(self._started)
+        if self._started is not None and self._started.failed:
+            raise JobFailed(self._started.why())
         return self
 
     def cancel(self) -> str:
         """Ask it to drain: what is in flight is finished and committed. Returns the state it was in."""
-        return cancel_job(self.output)
+        state = self.status().state
+        if state in GOES_ON:
+            ask_to_drain(self.output)  # also before it has spoken: what is asked since it was started counts
+        return state
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All committed rows in input order; while it runs, those so far, which is said on standard error."""
@@ -156,17 +160,20 @@ class Job:
 
     def report(self) -> Report:
         """Where the seconds of its engines went, over all its runs."""
+        self._await_plan()
         return read_job_report(self.output)
 
     def page(self) -> str:
         """Write the report as one HTML page beside the output, of what is known so far; where it lies."""
         from jobs.reporting.write import write_report
 
+        self._await_plan()
         (page,) = write_report(self.output)
         return page
 
     def verify(self) -> Verdict:
         """Proof that every input row is there once, in order, with its columns."""
+        self._await_plan()
         return verify_output(self.output)
 
     def log(self, lines: int = 20) -> str:
@@ -175,7 +182,9 @@ class Job:
 
     def __repr__(self) -> str:
         try:
-            status = read_status(self.output)
+            status = self.status()
+        except JobFailed:
+            return f"Job({self.output!r}): ended before it began; .wait() says why"
         except JobError:
             return f"Job({self.output!r}): not begun yet"
         return f"Job({self.output!r}): {status.state}, {status.rows_done:,} of {status.rows:,} rows"
@@ -183,7 +192,29 @@ class Job:
     def _over(self) -> bool:
         if self._started is not None:
             return self._started.exit_code is not None
-        return read_status(self.output).state in _ENDED
+        try:
+            return self._reader.read().state in _ENDED
+        except (JobError, OSError):
+            if self._reader.hopeless:
+                raise
+            return False  # a store that does not answer now says nothing of the job
+
+    def _status(self, read: Callable[[], Status]) -> Status:
+        started = self._started
+        if started is None:
+            return read()
+        over = started.exit_code is not None  # before storage is looked at, so that the last word is not missed
+        if not over and not self._has_plan():
+            return not_planned(started.name, storage.absolute(self.output))
+        try:
+            found = read()
+        except JobError:
+            if started.failed:
+                raise JobFailed(started.why()) from None
+            raise
+        if started.failed and not spoken_since(found, started.asked_at):
+            raise JobFailed(started.why())
+        return as_of(found, asked_at=started.asked_at, over=over)
 
     def _show_canary(self, live: Live, view: View) -> None:
         """Its rows, once, as soon as they are all there."""
@@ -195,18 +226,70 @@ class Job:
                 live.show(Rows(tuple(some_of(canary)), where(canary)), where(canary))
 
     def _committed(self, *, say: bool = True) -> Committed:
+        self._await_plan()
         found = committed(self.output)
         if say and not found.whole:
             print(_so_far(found), file=sys.stderr)
         return found
 
-    def _failure(self, started: Started) -> JobFailed:
-        said = [line for line in started.log_lines(200) if line.startswith("tokenmill:")] or started.log_lines(5)
-        return JobFailed("\n".join(line.removeprefix("tokenmill: ") for line in said) or f"exit code {started.exit_code}, and no word")
+    def _view(self) -> View | None:
+        """None where there is nothing to see yet."""
+        try:
+            status = self._status(self._reader.read)
+        except (TokenmillError, OSError):
+            return None
+        return view_of(status) if status.units else None
+
+    def _has_plan(self) -> bool:
+        try:
+            return storage.exists(storage.join(storage.absolute(self.output), layout.PLAN))
+        except NotADirectoryError:
+            return False  # the output is a file, which its process will refuse
+
+    def _await_plan(self) -> None:
+        """Of a process that was just started. Raises JobFailed where it ends without one, JobError where it takes long."""
+        until = time.monotonic() + _PLAN_WITHIN_S
+        while (started := self._started) is not None:
+            over = started.exit_code is not None
+            if self._has_plan():
+                return
+            if over:
+                raise JobFailed(started.why())
+            if time.monotonic() >= until:
+                what = f"no plan for {_PLAN_WITHIN_S:.0f} s, so no rows yet"
+                raise JobError(f"{self.output}: {what}; .wait() waits on, .log() has its process's words")
+            time.sleep(_PLAN_EVERY_S)
 
 
-def attach(output: str) -> Job:
-    """The handle of the job that writes, or wrote, to an output. Raises JobError where there is none."""
+def spoken_since(found: Status, moment: float) -> bool:
+    """Whether the driver's last word is of a run that was asked for then, or later."""
+    began_at = found.said.get("began_at", 0.0)
+    return isinstance(began_at, int | float) and began_at >= moment
+
+
+def as_of(found: Status, *, asked_at: float, over: bool) -> Status:
+    """What storage says of a run whose process is known: an earlier run's last word is none of its own, and silence is no end of it."""
+    if over:
+        return replace(found, state="interrupted") if found.state in GOES_ON else found
+    if not spoken_since(found, asked_at):
+        return replace(found, state="starting", said={}, age_s=None)
+    return replace(found, state=found.said["state"]) if found.state == "interrupted" else found
+
+
+def not_planned(name: str, out_uri: str) -> Status:
+    """How a job stands whose process has stored nothing yet."""
+    return Status(
+        name=name, fingerprint="", out_uri=out_uri, state="starting", units_done=0, units=0, rows_done=0, rows=0, said={}, age_s=None
+    )
+
+
+def attach(output: str, *, storage: Mapping[str, Any] | None = None) -> Job:
+    """The handle of the job that writes, or wrote, to an output. Raises JobError where there is none.
+
+    `storage` says how Azure is reached, as in a job file; left out, as this process reached it before.
+    """
+    if storage is not None:
+        credentials.use(credentials.parse(storage))
     read_status(output)
     return Job(output)
 
