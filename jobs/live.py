@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,13 +25,15 @@ from rich.text import Text
 
 from jobs.progress import seconds_words
 from jobs.report import share_of_raw
+from jobs.status import GOES_ON
 from jobs.status import Status
-from jobs.status import read_status
-from schemas.errors import JobError
+from pipeline import storage
+from schemas import layout
 from schemas.ledger import RunAccount
 
 _BAR_CHARACTERS = 40
 _LINE_EVERY_S = 10.0
+_ADDRESS = re.compile(r"https?://[^\s<>,]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +58,8 @@ class View:
     example: str = ""
     usd: float | None = None
     replicas: int = 0
-    links: tuple[str, ...] = ()
+    links: tuple[tuple[str, str], ...] = ()
+    """What to open, a name and an address or a place each."""
     age_s: float | None = None
     """Of the driver's last word."""
     canary_over: bool = False
@@ -65,7 +69,7 @@ class View:
 def view_of(status: Status) -> View:
     """Pure. What the driver said may come from any version of it: what is missing is left out."""
     said = status.said
-    running = status.state in ("starting", "running", "draining")
+    running = status.state in GOES_ON
     elapsed_s = _number(said, "updated_at") - _number(said, "began_at")
     mean = (_number(said, "completion_tokens") - _number(said, "reused_tokens")) / elapsed_s if elapsed_s > 0 else None
     now = _number(said, "output_tokens_per_s")
@@ -92,22 +96,25 @@ def view_of(status: Status) -> View:
         example=example[:200],
         usd=said.get("usd") if isinstance(said.get("usd"), int | float) else None,
         replicas=len(said.get("replicas", [])) if running else 0,
-        links=tuple(link for link in (said.get("dashboard"),) if link and running),
+        links=links_of(status),
         age_s=status.age_s,
         canary_over=said.get("canary") in ("done", "stopped"),
     )
 
 
-def look(output: str) -> View | None:
-    """None where there is no job yet."""
-    try:
-        return view_of(read_status(output))
-    except JobError:
-        return None
+def links_of(status: Status) -> tuple[tuple[str, str], ...]:
+    """What serves while the job goes on, and where its report lies once somebody made it."""
+    links, served = [], status.said.get("metrics")
+    if status.state in GOES_ON and isinstance(dashboard := status.said.get("dashboard"), str):
+        links.append(("dashboard", dashboard))
+    if status.state in GOES_ON and isinstance(served, list) and served:
+        more = f", of replicas up to {served[-1]}" if len(served) > 1 else ""
+        links.append(("metrics", f"{served[0]}{more}"))
+    return (*links, ("report", f"{storage.join(status.out_uri, layout.REPORT)}, made by `tokenmill report` at any time"))
 
 
 def facts(view: View) -> list[tuple[str, str]]:
-    """The view in words, a name and a text each."""
+    """The view in words but for its links, a name and a text each."""
     share = view.rows_done / max(1, view.rows)
     found = [
         ("job", f"{view.name}: {view.state}"),
@@ -128,7 +135,6 @@ def facts(view: View) -> list[tuple[str, str]]:
         found.append(("cost so far", f"{view.usd:,.2f} USD"))
     if view.replicas:
         found.append(("replicas", f"{view.replicas} alive"))
-    found += [("dashboard", link) for link in view.links]
     if view.age_s is not None and view.replicas and view.age_s > 30:
         found.append(("last heard of", f"{seconds_words(view.age_s)} ago"))
     return found
@@ -139,7 +145,7 @@ def in_rich(view: View) -> Group:
     share = view.rows_done / max(1, view.rows)
     bar = "━" * round(share * _BAR_CHARACTERS) + "╌" * (_BAR_CHARACTERS - round(share * _BAR_CHARACTERS))
     table = Table.grid(padding=(0, 2))
-    for name, text in facts(view):
+    for name, text in (*facts(view), *view.links):
         table.add_row(Text(name, style="dim"), Text(text))
     return Group(Text(bar, style="green"), table)
 
@@ -147,16 +153,21 @@ def in_rich(view: View) -> Group:
 def in_html(view: View) -> str:
     """For a notebook. Everything that comes from data is escaped."""
     share = view.rows_done / max(1, view.rows)
+    cells = [*((name, html.escape(text)) for name, text in facts(view)), *((name, _linked(text)) for name, text in view.links)]
     rows = "".join(
-        f'<tr><td style="text-align:left;opacity:.6;padding-right:1em">{html.escape(name)}</td>'
-        f'<td style="text-align:left">{html.escape(text)}</td></tr>'
-        for name, text in facts(view)
+        f'<tr><td style="text-align:left;opacity:.6;padding-right:1em">{html.escape(name)}</td><td style="text-align:left">{text}</td></tr>'
+        for name, text in cells
     )
     bar = (
         '<div style="height:8px;max-width:32em;border-radius:4px;background:rgba(127,127,127,.25)">'
         f'<div style="height:8px;width:{share:.1%};border-radius:4px;background:#2e9e5b"></div></div>'
     )
     return f'<div style="font-family:sans-serif">{bar}<table>{rows}</table></div>'
+
+
+def _linked(text: str) -> str:
+    """Escaped; addresses of the web can be followed."""
+    return _ADDRESS.sub(r'<a href="\g<0>" target="_blank" rel="noopener">\g<0></a>', html.escape(text))
 
 
 class Drawing(Protocol):
@@ -206,15 +217,19 @@ class _Terminal:
 
 
 class _Lines:
-    """Where output is a file: a line now and then, and whenever the state changes."""
+    """Where output is a file: a line now and then, and whenever the state changes; links when they are others."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._next, self._state = clock, 0.0, ""
+        self._links: tuple[tuple[str, str], ...] = ()
 
     def update(self, view: View) -> None:
         if self._clock() >= self._next or view.state != self._state:
             self._next, self._state = self._clock() + _LINE_EVERY_S, view.state
             print("; ".join(text for _, text in facts(view)), file=sys.stderr, flush=True)
+        if view.links != self._links:
+            self._links = view.links
+            print("; ".join(f"{name}: {text}" for name, text in view.links), file=sys.stderr, flush=True)
 
     def show(self, rows: object, note: str) -> None:
         print(note, file=sys.stderr, flush=True)

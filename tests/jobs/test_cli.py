@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from click.testing import Result
 from jobs.accept import accept
 from jobs.accept import store
 from jobs.api import load_job
+from jobs.api import run
 from jobs.cli import build_job
 from jobs.cli import main
 from jobs.driver import Progress
+from jobs.handle import attach
 from jobs.progress import Speed
 from jobs.status import write_status
 from schemas import layout
@@ -345,6 +349,59 @@ def test_a_status_names_failed_units(write_job: WriteJob, questions: Path, tmp_p
     done = tokenmill("status", tmp_path / "out")
     assert "unit 2 failed: UnitError: no" in done.stdout
     assert "ETA 1m30s" in done.stdout
+
+
+# Watching.
+
+
+def test_watching_a_finished_job_shows_it_once(write_job: WriteJob, questions: Path, tmp_path: Path) -> None:
+    tokenmill("run", write_job())
+    done = tokenmill("status", tmp_path / "out", "--watch")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "tickets: complete; 40 of 40 (100%) in 3 of 3 units" in done.stderr
+    assert f"report: {tmp_path / 'out' / layout.REPORT}" in done.stderr
+
+
+@pytest.mark.slow
+def test_watching_a_job_that_runs_ends_with_it(
+    write_job: WriteJob, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.handle._LOOK_EVERY_S", 0.05)
+    job = load_job(write_job(engine={"options": {"decode_tokens_per_s": 300.0, "max_num_seqs": 4, "lengths": "max"}}))
+    store(accept(job))
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, job, stream=io.StringIO())
+        done = tokenmill("status", tmp_path / "out", "--watch")
+        assert result.result().state == "complete"
+    assert done.exit_code == 0
+    states = [match.group(1) for match in re.finditer(r"tickets: (\w+); ", done.stderr)]
+    assert states[-1] == "complete"
+    assert "running" in states
+
+
+def test_watching_a_job_whose_driver_is_silent_ends_with_1(write_job: WriteJob, questions: Path, tmp_path: Path) -> None:
+    store(accept(load_job(write_job())))
+    write_status(str(tmp_path / "out"), Progress(state="running", total_units=3, total_rows=40, done_before=0, rows_before=0), Speed())
+    status = tmp_path / "out" / layout.STATUS
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"updated_at": 1000.0}))
+    done = tokenmill("status", tmp_path / "out", "--watch")
+    assert done.exit_code == 1
+    assert "tickets: interrupted; 0 of 40" in done.stderr
+
+
+def test_watching_outlasts_a_hiccup_of_the_store(
+    write_job: WriteJob, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+    tokenmill("run", write_job())
+    job = attach(str(out))
+    out.rename(away)
+    assert job.wait(0.01, show=False) is job
+    monkeypatch.setattr("jobs.status._HICCUP_S", 0.0)
+    with pytest.raises(JobError, match="holds no job"):
+        job.wait(show=False)
+    away.rename(out)
+    assert job.wait(show=False).status().state == "complete"
 
 
 def test_units_that_fail_end_with_1_and_say_how_to_go_on(write_job: WriteJob, questions: Path) -> None:
