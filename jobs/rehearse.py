@@ -44,6 +44,7 @@ from jobs.rehearsed import Moment
 from jobs.rehearsed import Seen
 from jobs.runs import RunLog
 from jobs.status import write_status
+from pipeline import credentials
 from pipeline import storage
 from pipeline.hardware import find_profile
 from pipeline.model import Model
@@ -129,7 +130,7 @@ def rehearse(spec: RehearsalSpec, say: Callable[[str], None]) -> Rehearsal:
 
 
 def job_of(spec: RehearsalSpec, base: str, place: str) -> JobSpec:
-    """The job that runs, as a user would write it."""
+    """The job that runs, as a user would write it: it reaches storage as this process does."""
     return parse_job(
         {
             "name": "rehearsal",
@@ -139,6 +140,7 @@ def job_of(spec: RehearsalSpec, base: str, place: str) -> JobSpec:
             "sampling": {"max_tokens": spec.max_tokens, "temperature": 0.0},
             "engine": {"kind": "simulated"},
             "cluster": {"kind": "address", "rendezvous": place, "insecure": True},
+            "storage": credentials.current().model_dump(exclude_none=True),
         }
     )
 

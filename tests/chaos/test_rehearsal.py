@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.azurite import CONNECTION_STRING
+from tests.azurite import Azurite
 from tests.commands import PATIENCE_S
 from tests.commands import TOKENMILL
 from tests.commands import Command
@@ -17,9 +21,9 @@ from tests.commands import Command
 pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 
-def rehearse(model: Path, store: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def rehearse(model: Path, store: Path | str, *more: str, environment: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
     arguments = ["rehearse", "--model", str(model), "--nodes", "2", "--engines", "2", "--max-tokens", "32", "--store", str(store), *more]
-    return subprocess.run([TOKENMILL, *arguments], capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run([TOKENMILL, *arguments], capture_output=True, text=True, check=False, timeout=240, env=environment)
 
 
 def test_a_small_rehearsal_runs_through_and_accounts_for_every_row(tiny_model: Path, tmp_path: Path) -> None:
@@ -62,3 +66,17 @@ def test_a_rehearsal_that_cannot_be_is_refused_before_anything_starts(tiny_model
     assert done.returncode == 2
     assert "--profile: local-cpu does not say what its node has" in done.stderr
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.azurite
+def test_the_whole_rack_reaches_storage_by_the_recipe_that_the_command_has(tiny_model: Path, azurite: Azurite) -> None:
+    environment = {**{name: value for name, value in os.environ.items() if name != CONNECTION_STRING}, "MILL": azurite.connection_string}
+    recipe = ["--storage", "credential.kind=connection_string", "--storage", "credential.env=MILL"]
+    container = azurite.new_container()
+    more = ["--rows", "200", "--slow-down", "1", "--json", *recipe]
+    done = rehearse(tiny_model, f"az://{container}", *more, environment=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert sum(node["rows"] for node in found["nodes"]) == 200
+    assert found["storage"]["requests_per_unit"] > 0
+    assert any(name.endswith("/out/_SUCCESS") for name in azurite.names(container))
