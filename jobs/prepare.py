@@ -22,6 +22,11 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
+from jobs.gate import ask_prepared
+from jobs.gate import ask_source
+from jobs.gate import read_baseline
+from jobs.gate import store_baseline
+from jobs.gate import verdict
 from jobs.references import Row
 from jobs.references import read_rows
 from jobs.references import rows_digest
@@ -29,7 +34,6 @@ from jobs.references import split_rows
 from pipeline import storage
 from pipeline.child import run_child
 from pipeline.measure import Measured
-from pipeline.measure import measure
 from pipeline.model import Model
 from pipeline.model import cache_folder
 from pipeline.model import resolve_model
@@ -37,15 +41,12 @@ from pipeline.prepare import PRECISIONS
 from pipeline.prepare import Recipe
 from pipeline.prepare import prepared_digest
 from pipeline.prepare import recipe_for
+from pipeline.prepare import room_bytes
 from pipeline.profile import Machine
 from pipeline.profile import load_profile
-from pipeline.profile import plan_replicas
 from pipeline.profile import this_machine
-from pipeline.quality import RowScore
-from pipeline.quality import judge
 from pipeline.quality import judge_again
-from pipeline.quality import rouge_of
-from pipeline.render import load_tokenizer
+from pipeline.shape import read_shape
 from pipeline.versions import installed
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_UNITS_FAILED
@@ -53,9 +54,10 @@ from schemas.errors import ForeignOutput
 from schemas.errors import JobError
 from schemas.prepared import PREPARED_FILE
 from schemas.prepared import Bar
+from schemas.prepared import Baseline
 from schemas.prepared import Precision
 from schemas.prepared import Prepared
-from schemas.prepared import Verdict
+from schemas.profile import Profile
 
 Say = Callable[[str], None]
 
@@ -63,11 +65,10 @@ _PACKAGES = ("tokenmill", "compressed-tensors", "torch", "transformers", "vllm",
 _DIGEST_CHARACTERS = 12
 _COPIED = re.compile(r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|generation_config\.json|LICENSE.*|added_tokens\.json")
 """Of the source: what makes a checkpoint whole beside weights and config."""
-_MEMORY_TIMES = 2.0
-"""The weights, once as they were and at worst once more as what is made of them."""
-_OVERHEAD_BYTES = 1 << 30
-_GPU_PRECISIONS = (("GB200", "nvfp4"), ("GB300", "nvfp4"), ("B200", "nvfp4"), ("B300", "nvfp4"))
-"""What a GPU calls itself, and what it computes fastest in; all others FP8."""
+_BLOCK_BYTES = 1 << 20
+"""From here on memory that torch gives up goes back to the system at once, and a large model's layers leave no holes."""
+_GPU_PRECISIONS: tuple[tuple[str, Precision], ...] = (("B200", "nvfp4"), ("B300", "nvfp4"), ("A100", "int8"))
+"""A part of what a GPU calls itself, and what it computes fastest in, where no profile is of this machine; all others FP8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +90,8 @@ class Order:
     """Of each completion that is compared."""
     bar: Bar = field(default_factory=Bar)
     gate: bool = True
+    baseline: str | None = None
+    """What `make_baseline` stored of this model and these rows; by default the unquantised model is asked here."""
     dtype: str | None = None
     """That the engine computes in while it judges what was made; by default the profile's."""
 
@@ -119,21 +122,10 @@ def prepare(order: Order, say: Say) -> Result:
     source = resolve_model(order.model)
     _check_source(source, order.model)
     machine = this_machine()
-    precision = choose_precision(order.precision, machine, _gpu_names())
-    _check_room(source, machine)
+    precision = choose_precision(order.precision, load_profile("auto", machine), machine, _gpu_names())
     recipe = recipe_for(precision)
-    judges, calibration = split_rows(
-        read_rows(
-            source,
-            order.model,
-            table=order.table,
-            prompt=order.prompt,
-            reference=order.reference,
-            at_most=order.rows,
-            max_tokens=order.max_tokens,
-        ),
-        order.rows,
-    )
+    _check_room(source, recipe, machine)
+    judges, calibration = _rows(order, source)
     spoken = {"judges": rows_digest(judges), "calibration": rows_digest(calibration), "max_tokens": order.max_tokens, "dtype": order.dtype}
     digest = prepared_digest(source.digests, recipe, spoken)
     name = f"{Path(source.path).name}-{precision}-{digest[:_DIGEST_CHARACTERS]}"
@@ -156,16 +148,44 @@ def prepare(order: Order, say: Say) -> Result:
     return result
 
 
-def choose_precision(asked: str, machine: Machine, gpus: list[str]) -> Precision:
-    """What was asked for, or what this machine computes fastest in. Raises JobError."""
-    for known in PRECISIONS:
-        if asked == known:
-            return known
+def make_baseline(order: Order, to: str, say: Say) -> Baseline:
+    """Have the unquantised model say what it makes of the rows that judge, and store that. Raises JobError."""
+    _check_packages()
+    uri = storage.absolute(to)
+    if storage.exists(uri):
+        raise JobError(f"--to: {uri} is there already; remove it, or choose another name")
+    source = resolve_model(order.model)
+    _check_source(source, order.model)
+    judges, _ = _rows(order, source)
+    said = ask_source(source, judges, max_tokens=order.max_tokens, say=say)
+    return store_baseline(uri, source, judges, said, max_tokens=order.max_tokens)
+
+
+def choose_precision(asked: str, profile: Profile, machine: Machine, gpus: list[str]) -> Precision:
+    """What was asked for, or what this machine computes fastest in: as its profile says, or what its GPUs are called. Raises JobError."""
+    for wanted in (asked, profile.precision if asked == "auto" else None):
+        for known in PRECISIONS:
+            if wanted == known:
+                return known
     if asked != "auto":
         raise JobError(f"--precision: found {asked!r}; allowed are auto, {', '.join(PRECISIONS)}")
     if not machine.num_gpus:
         return "int8"
-    return "nvfp4" if any(name in gpu for gpu in gpus for name, _ in _GPU_PRECISIONS) else "fp8"
+    return next((precision for name, precision in _GPU_PRECISIONS if any(name in gpu for gpu in gpus)), "fp8")
+
+
+def _rows(order: Order, source: Model) -> tuple[list[Row], list[Row]]:
+    """Those that judge, and those that calibrate."""
+    found = read_rows(
+        source,
+        order.model,
+        table=order.table,
+        prompt=order.prompt,
+        reference=order.reference,
+        at_most=order.rows,
+        max_tokens=order.max_tokens,
+    )
+    return split_rows(found, order.rows)
 
 
 def _check_packages() -> None:
@@ -182,12 +202,12 @@ def _check_source(source: Model, name: str) -> None:
         raise JobError(f"model: {name} is quantised already (config.json, quantization_config: {method}); give the checkpoint it came from")
 
 
-def _check_room(source: Model, machine: Machine) -> None:
-    need = int(_MEMORY_TIMES * source.weights_bytes) + _OVERHEAD_BYTES
+def _check_room(source: Model, recipe: Recipe, machine: Machine) -> None:
+    need = room_bytes(source.weights_bytes, read_shape(source.path), recipe)
     if need > machine.memory_bytes:
         raise JobError(
-            f"model: preparing {source.weights_bytes / 1e9:.1f} GB of weights takes about {need / 1e9:.1f} GB of memory, this machine has "
-            f"{machine.memory_bytes / 1e9:.1f} GB; use a larger one"
+            f"model: preparing {source.weights_bytes / 1e9:.1f} GB of weights in {recipe.precision} takes about {need / 1e9:.1f} GB of "
+            f"memory, this machine has {machine.memory_bytes / 1e9:.1f} GB; use a larger one"
         )
 
 
@@ -235,19 +255,22 @@ def _make(
         raise JobError(
             f"--output: {local.parent} has {free / 1e9:.1f} GB free, up to {source.weights_bytes / 1e9:.1f} GB may be needed; make room"
         )
-    before = _measure(source, judges, order, say, "unquantised") if order.gate else None
+    before = _before(order, source, judges, say) if order.gate else None
     try:
         stage.mkdir()
         rows = [[*row.prompt_ids, *row.reference_ids] for row in calibration]
         asked = {"source": source.path, "target": str(stage), "recipe": asdict(recipe), "calibration": rows}
-        run_child("pipeline.quantise", asked, environment={"HF_HUB_OFFLINE": "1"}, say=say)
+        run_child("pipeline.quantise", asked, environment={"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": str(_BLOCK_BYTES)}, say=say)
         for file in Path(source.path).iterdir():
             if file.is_file() and _COPIED.fullmatch(file.name) and not (stage / file.name).exists():
                 shutil.copyfile(file, stage / file.name)
-        verdict = None
+        judged = None
         if before is not None:
-            after = _measure(resolve_model(str(stage)), judges, order, say, recipe.precision, order.dtype)
-            verdict = _judge(source, judges, before, after, order.bar)
+            after = ask_prepared(
+                resolve_model(str(stage)), judges, max_tokens=order.max_tokens, dtype=order.dtype, say=say, what=recipe.precision
+            )
+            judged = verdict(source, judges, before, after, order.bar)
+            judged = judged.model_copy(update={"baseline": f"{before.engine}, {before.dtype}" if order.baseline else ""})
         prepared = Prepared(
             digest=digest,
             source=source.digests,
@@ -256,9 +279,9 @@ def _make(
             output_layer=recipe.output_layer,
             calibration_rows=len(calibration) if recipe.calibrated else 0,
             versions=installed(*_PACKAGES),
-            gate=verdict,
+            gate=judged,
         )
-        if verdict is not None and not verdict.passed:
+        if judged is not None and not judged.passed:
             return Result(uri=None, prepared=prepared, existed=False, bytes_before=source.weights_bytes, bytes_after=0)
         (stage / PREPARED_FILE).write_text(prepared.model_dump_json(indent=1))
         for file in stage.iterdir():
@@ -274,29 +297,11 @@ def _make(
     return _result(local, prepared, source, existed=False)
 
 
-def _measure(model: Model, rows: list[Row], order: Order, say: Say, what: str, dtype: str | None = None) -> Measured:
-    machine = this_machine()
-    longest = max(len(row.prompt_ids) + max(len(row.reference_ids), order.max_tokens) for row in rows)
-    length = min(model.max_position_embeddings, longest + 1)
-    options: dict[str, Any] = {"max_model_len": length, **({"dtype": dtype} if dtype else {})}
-    plan = plan_replicas(load_profile("auto", machine), machine, model, replicas=1, options=options)
-    pairs = [(row.prompt_ids, row.reference_ids) for row in rows]
-    return measure(model, plan, pairs, max_tokens=order.max_tokens, say=lambda line: say(f"{what}: {line}"))
-
-
-def _judge(source: Model, rows: list[Row], before: Measured, after: Measured, bar: Bar) -> Verdict:
-    tokenizer = load_tokenizer(source.path)
-    scores = []
-    for found in (before, after):
-        texts: list[str] = tokenizer.batch_decode(found.completions, skip_special_tokens=True)
-        rouge = rouge_of([row.reference for row in rows], texts)
-        scores.append(
-            [
-                RowScore(logprob=logprob, num_tokens=len(row.reference_ids), rouge=kinds)
-                for row, logprob, kinds in zip(rows, found.logprobs, rouge, strict=True)
-            ]
-        )
-    return judge(scores[0], scores[1], bar).model_copy(update={"engine": after.engine, "dtype": after.dtype})
+def _before(order: Order, source: Model, judges: list[Row], say: Say) -> Measured:
+    """What the unquantised model makes of them: as a larger node wrote down, or asked here."""
+    if order.baseline is not None:
+        return read_baseline(storage.absolute(order.baseline), source, judges, max_tokens=order.max_tokens)
+    return ask_source(source, judges, max_tokens=order.max_tokens, say=say)
 
 
 def _result(local: Path, prepared: Prepared, source: Model, *, existed: bool) -> Result:

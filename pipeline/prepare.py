@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from typing import get_args
 
+from pipeline.shape import Shape
 from schemas.prepared import Precision
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -16,6 +17,14 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _VERSION = 1
 """Of what is done with a recipe: a change of it gives other weights, under another name."""
 _SMOOTHING = 0.7
+_KEPT: dict[Precision, float] = {"int8": 1.4, "fp8": 0.6, "nvfp4": 0.4}
+"""Bytes in memory for each byte of the weights, which themselves stay on disk, mapped: what is made of them, and of INT8 what was smoothed.
+
+Measured on three layers, 3,072 wide, with compressed-tensors 0.17 and transformers 5.19: 1.28, 0.44 and 0.29."""
+_STEP_BYTES: dict[Precision, int] = {"int8": 8, "fp8": 8, "nvfp4": 64}
+"""For each weight of a layer while that is quantised; measured in the same way: 5, 6 and 44."""
+_OVERHEAD_BYTES = 1 << 30
+"""Torch, and rows that calibrate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +52,12 @@ def recipe_for(precision: Precision) -> Recipe:
     if precision == "int8":
         return Recipe(precision=precision, smoothing=_SMOOTHING, output_layer=True)
     return Recipe(precision=precision)
+
+
+def room_bytes(weights_bytes: int, shape: Shape, recipe: Recipe) -> int:
+    """Memory that quantising takes."""
+    widest = shape.hidden * max(shape.intermediate, shape.vocab if recipe.output_layer else 0)
+    return int(_KEPT[recipe.precision] * weights_bytes) + _STEP_BYTES[recipe.precision] * widest + _OVERHEAD_BYTES
 
 
 def prepared_digest(source: dict[str, str], recipe: Recipe, rows: Any) -> str:

@@ -48,10 +48,28 @@ class Verdict(Frozen):
     engine: str = ""
     dtype: str = ""
     """That both were computed in, where weights do not say otherwise."""
+    baseline: str = ""
+    """Engine and dtype of the unquantised model where another node had asked it (--baseline)."""
 
     @property
     def passed(self) -> bool:
         return not self.refusals
+
+
+class Baseline(Frozen):
+    """What an unquantised model made of the rows that judge, for a node that does not hold it."""
+
+    source: dict[str, str]
+    """Its digests, as in Prepared."""
+    rows: str
+    """Digest of what it was shown."""
+    max_tokens: int
+    logprobs: tuple[float, ...]
+    """Of each reference."""
+    completions: tuple[tuple[int, ...], ...]
+    """Greedy, token ids."""
+    dtype: str
+    engine: str
 
 
 class Prepared(Frozen):

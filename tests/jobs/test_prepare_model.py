@@ -14,16 +14,22 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file
 
 from jobs.cli import main
+from jobs.cli.model import describe
 from jobs.prepare import Order
 from jobs.prepare import _check_room
 from jobs.prepare import _upload
 from jobs.prepare import choose_precision
 from jobs.prepare import prepare
 from pipeline import storage
+from pipeline.hardware import find_profile
 from pipeline.model import resolve_model
+from pipeline.prepare import recipe_for
 from pipeline.profile import Machine
+from pipeline.render import load_tokenizer
 from schemas.errors import ForeignOutput
 from schemas.errors import JobError
 from schemas.prepared import PREPARED_FILE
@@ -59,33 +65,39 @@ def visible(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("machine", "gpus", "expected"),
+    ("profile", "machine", "gpus", "expected"),
     [
-        (CPU, [], "int8"),
-        (GPU, ["Model: NVIDIA H100 80GB HBM3"], "fp8"),
-        (GPU, ["Model: NVIDIA H200"], "fp8"),
-        (GPU, [], "fp8"),  # AMD's are not listed there
-        (GPU, ["Model: NVIDIA GB200"], "nvfp4"),
-        (GPU, ["Model: NVIDIA GB300"], "nvfp4"),
+        ("local-cpu", CPU, [], "int8"),
+        ("nd96amsr-a100-v4", GPU, [], "int8"),
+        ("nd96asr-v4", GPU, [], "int8"),
+        ("nd96isr-h100-v5", GPU, [], "fp8"),
+        ("nd96isr-mi300x-v5", GPU, [], "fp8"),
+        ("nd128isr-gb300-v6", GPU, [], "nvfp4"),
+        ("local-gpu", GPU, ["Model: NVIDIA A100-SXM4-80GB"], "int8"),
+        ("local-gpu", GPU, ["Model: NVIDIA H100 80GB HBM3"], "fp8"),
+        ("local-gpu", GPU, ["Model: NVIDIA H200"], "fp8"),
+        ("local-gpu", GPU, [], "fp8"),  # AMD's are not listed there
+        ("local-gpu", GPU, ["Model: NVIDIA GB200"], "nvfp4"),
+        ("local-gpu", GPU, ["Model: NVIDIA B300 SXM6"], "nvfp4"),
     ],
 )
-def test_auto_is_what_the_machine_computes_fastest_in(machine: Machine, gpus: list[str], expected: str) -> None:
-    assert choose_precision("auto", machine, gpus) == expected
+def test_auto_is_what_the_machine_computes_fastest_in(profile: str, machine: Machine, gpus: list[str], expected: str) -> None:
+    assert choose_precision("auto", find_profile(profile), machine, gpus) == expected
 
 
 def test_what_is_asked_for_wins() -> None:
-    assert choose_precision("nvfp4", CPU, []) == "nvfp4"
+    assert choose_precision("nvfp4", find_profile("local-cpu"), CPU, []) == "nvfp4"
 
 
 def test_an_unknown_precision_is_refused_with_those_there_are() -> None:
     with pytest.raises(JobError, match="--precision: found 'int3'; allowed are auto, int8, fp8, nvfp4"):
-        choose_precision("int3", CPU, [])
+        choose_precision("int3", find_profile("local-cpu"), CPU, [])
 
 
 def test_a_model_that_memory_cannot_hold_is_refused(tiny_model: Path) -> None:
     model = replace(resolve_model(str(tiny_model)), weights_bytes=140 << 30)
-    with pytest.raises(JobError, match=r"preparing 150.3 GB of weights takes about 301.7 GB of memory, this machine has 8.6 GB"):
-        _check_room(model, CPU)
+    with pytest.raises(JobError, match=r"preparing 150.3 GB of weights in int8 takes about 211.5 GB of memory, this machine has 8.6 GB"):
+        _check_room(model, recipe_for("int8"), CPU)
 
 
 def test_a_model_that_is_quantised_already_is_refused(order: Order, tiny_model: Path, tmp_path: Path) -> None:
@@ -193,6 +205,63 @@ def test_the_gate_asks_the_real_engine(order: Order) -> None:
     assert 0.9 < gate.perplexity_ratio < 1.1
     assert gate.engine.startswith("vllm")
     assert {line.split(":")[0] for line in lines if "starting the engine" in line} == {"unquantised", "int8"}
+
+
+@pytest.fixture
+def brittle(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model that knows in which letters the answers are written, and that INT8 makes forget it.
+
+    Its first channel is always loud, and the output layer hears the letters in it. The second is silent, and weighs so much there that
+    the step of a row's eight bits is larger than all its other weights.
+    """
+    folder = tmp_path / "brittle"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    letters = load_tokenizer(str(folder))("it is 0123456789", add_special_tokens=False)["input_ids"]
+    weights["model.embed_tokens.weight"][:, 0] = 8.0
+    weights["model.norm.weight"][1] = 0.0
+    weights["lm_head.weight"][:, :2] = (0.0, 1000.0)
+    weights["lm_head.weight"][letters, 0] = 1.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.engine
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_what_became_worse_is_refused_and_not_stored_also_by_a_baseline_from_elsewhere(order: Order, brittle: Path, tmp_path: Path) -> None:
+    usual = [str(brittle), "--table", str(order.table), "--prompt", "prompt", "--reference", "answer", "--max-tokens", "8"]
+    file, models = tmp_path / "baseline.json", Path(str(order.output))
+    written = CliRunner().invoke(main, ["model", "baseline", *usual, "--to", str(file)])
+    assert written.exit_code == 0, written.output
+    refused = CliRunner().invoke(
+        main, ["model", "prepare", *usual, "--precision", "int8", "--output", str(models), "--baseline", str(file), "--json"]
+    )
+    assert refused.exit_code == 1, refused.output
+    assert visible(models) == []
+    assert not list(models.glob(".*.partial"))
+    said = json.loads(refused.stdout)
+    gate = said["prepared"]["gate"]
+    assert (said["uri"], gate["lowered"], gate["baseline"].startswith("vllm")) == (None, False, True)
+    assert gate["perplexity_before"] < 50 < 200 < gate["perplexity_after"]
+    assert "perplexity of the references rose" in gate["refusals"][0]
+    assert not any("unquantised" in line for line in refused.stderr.splitlines())  # nobody asked it again
+    assert "refused, nothing was stored:" in describe(said)
+    lowered = CliRunner().invoke(
+        main,
+        ["model", "prepare", *usual, "--precision", "int8", "--output", str(models), "--allow-perplexity", "100", "--allow-rouge", "0"],
+    )
+    assert lowered.exit_code == 0, lowered.output
+    (made,) = visible(models)
+    found = Prepared.model_validate_json((models / made / PREPARED_FILE).read_bytes()).gate
+    assert found is not None
+    assert (found.lowered, found.passed, found.baseline) == (True, True, "")
+
+
+def test_a_baseline_and_no_gate_exclude_each_other(order: Order) -> None:
+    usual = ["--table", str(order.table), "--prompt", "prompt", "--reference", "answer", "--no-gate", "--baseline", "b.json"]
+    done = CliRunner().invoke(main, ["model", "prepare", order.model, *usual])
+    assert (done.exit_code, done.stderr) == (2, "tokenmill: --baseline and --no-gate: give one of them\n")
 
 
 @pytest.mark.chaos
