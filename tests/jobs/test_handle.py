@@ -24,7 +24,7 @@ from tests.commands import PATIENCE_S
 ROWS = 400
 TABLE = pa.table({"id": list(range(ROWS)), "q": [f"question {row}" for row in range(ROWS)]})
 COLUMNS = ["id", "q", "completion", "finish_reason", "prompt_tokens", "completion_tokens", "error"]
-SLOW = {"kind": "simulated", "options": {"decode_tokens_per_s": 300, "max_num_seqs": 4, "lengths": "max"}}
+SLOW = {"kind": "simulated", "options": {"decode_tokens_per_s": 700, "max_num_seqs": 4, "lengths": "max"}}
 FAST = {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7, "lengths": "max"}}
 
 
@@ -187,7 +187,7 @@ def test_going_on_is_not_taken_for_the_end_of_the_run_before(tiny_model: Path, t
 @pytest.mark.chaos
 def test_an_interrupt_ends_the_waiting_and_not_the_job(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = jobs.submit(TABLE, **asked_of(tiny_model, tmp_path / "out", SLOW))
-    until(lambda: job.status().state == "running")
+    until(lambda: parts(job))
     me = threading.get_ident()
     timer = threading.Timer(0.5, lambda: signal.pthread_kill(me, signal.SIGINT))
     timer.start()
@@ -196,8 +196,7 @@ def test_an_interrupt_ends_the_waiting_and_not_the_job(tiny_model: Path, tmp_pat
     assert "the job goes on" in capsys.readouterr().err
     before = len(parts(job))
     until(lambda: len(parts(job)) > before)
-    assert job.status().state == "running"
-    assert job.cancel() == "running"
+    assert job.cancel() in ("starting", "running")  # its driver says so every five seconds
     assert job.wait(show=False).status().state == "drained"
 
 
