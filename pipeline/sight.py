@@ -30,7 +30,8 @@ _FILTERS = frozenset(
 )  # fmt: skip
 """Those that call methods of the text itself, or hand it on."""
 _JOINING_FILTERS = frozenset({"join", "tojson"})
-_FUNCTIONS = frozenset({"raise_exception", "strftime_now", "namespace", "range", "dict"})
+_FUNCTIONS = frozenset({"raise_exception", "namespace", "range", "dict"})
+"""Those that may be given texts: they do not make others of them."""
 
 
 def in_sight(template: str) -> bool:
@@ -64,10 +65,11 @@ def _seen(node: nodes.Node, *, put_out: bool = False) -> bool:
 
 
 def _calls_in_sight(call: nodes.Call) -> bool:
-    """Functions that do not look at texts, and methods that are given none: `''.join(texts)` would not be noticed."""
+    """Known functions, and methods that are given no text: `''.join(texts)` would not be noticed."""
+    constant = _constant(call.args, call.kwargs, call.dyn_args, call.dyn_kwargs)
     if isinstance(call.node, nodes.Name):
-        return call.node.name in _FUNCTIONS
-    return isinstance(call.node, nodes.Getattr) and _constant(call.args, call.kwargs, call.dyn_args, call.dyn_kwargs)
+        return call.node.name in _FUNCTIONS or (call.node.name == "strftime_now" and constant)
+    return isinstance(call.node, nodes.Getattr) and constant
 
 
 def _looks_up_in_sight(compare: nodes.Compare, own_fields: set[str]) -> bool:

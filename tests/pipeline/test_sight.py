@@ -59,6 +59,7 @@ _OUT_OF_SIGHT = {
     "looked up by a method": f"{{{{ 'some words'.find({_CONTENT}) }}}}",
     "put into another by a filter": f"{{{{ ('x' | replace('x', {_CONTENT})).startswith('a') }}}}",
     "a filter by its name": f"{{{{ [{_CONTENT}] | map('wordcount') | list }}}}",
+    "a time's format": f"{{{{ strftime_now({_CONTENT}).startswith('a') }}}}",
     "a function that is not known": f"{{{{ lipsum({_CONTENT}) }}}}",
     "a loop in itself": "{% for m in messages recursive %}{{ loop(m.content) }}{% endfor %}",
     "no template at all": "{% if %}",
