@@ -61,7 +61,7 @@ class Status:
 
 
 def write_status(out_uri: str, progress: Progress, speed: Speed, account: RunAccount | None = None, *, metrics: Sequence[str] = ()) -> None:
-    """What `tokenmill status` shows from elsewhere, with addresses of metrics, and the run's account in case it does not live to store it."""
+    """What `tokenmill status` shows from elsewhere, with addresses of metrics, and the run's account in case it cannot store it."""
     totals = progress.totals
     said = {
         "state": progress.state,
