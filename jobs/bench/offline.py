@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jobs.accept import Accepted
 from jobs.bench.engine import LIMIT_S
@@ -80,7 +84,9 @@ def bench_offline(job: JobSpec, options: OfflineOptions, *, num_rows: int | None
     plain = with_engine(job, ordering="off", options={"enable_prefix_caching": False} if job.engine.kind == "vllm" else None)
     with tempfile.TemporaryDirectory(prefix="tokenmill-bench-") as folder:
         accepted = accept_for_bench(plain, Path(folder), num_rows)
+        began = time.monotonic()
         rows = read_rows(accepted, reference=options.reference)
+        read_s = time.monotonic() - began
         baseline = _baseline_rows(accepted, options, Path(folder)) if options.baseline_model else None
         logs = _new_folder(options.logs) if options.logs else Path(folder, "logs")
         say(f"{len(rows.requests):,} samples, {plan_of(accepted).replicas} replicas; {LABEL}")
@@ -102,6 +108,7 @@ def bench_offline(job: JobSpec, options: OfflineOptions, *, num_rows: int | None
             "order": "as LoadGen issued them, every mth to one replica; whole passes over the set",
             "accuracy": scores,
             "accuracy_elapsed_s": round(first.elapsed_s, 3),
+            "end_to_end": _end_to_end(rows, scored.accuracy, Path(folder, "answers.parquet"), read_s=read_s, engine_s=first.elapsed_s),
             "test06": check_test06(scored.accuracy, eos_ids_of(accepted.model)),
             "logs": str(logs) if options.logs else None,
         }
@@ -252,6 +259,17 @@ def _beside(scores: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str,
         "share_of_baseline": {**shares, "tokens_per_sample": length_share},
         "passes": all(share >= _MIN_SHARE for share in shares.values()) and length_share >= _MIN_LENGTH_SHARE,
     }
+
+
+def _end_to_end(rows: Rows, entries: Sequence[AccuracyEntry], path: Path, *, read_s: float, engine_s: float) -> dict[str, Any]:
+    """Output tokens/s from the table's first byte read to the answers' last one written: each row once, as in the accuracy run."""
+    began = time.monotonic()
+    ids = [list(entry.token_ids) for entry in sorted(entries, key=lambda entry: entry.index)]
+    texts = rows.renderer.decode(ids, skip_special_tokens=True)
+    pq.write_table(pa.table({"completion": texts, "completion_tokens": [len(one) for one in ids]}), path)
+    seconds = {"read_s": read_s, "engine_s": engine_s, "write_s": time.monotonic() - began}
+    tokens_per_second = sum(map(len, ids)) / sum(seconds.values())
+    return {"tokens_per_second": round(tokens_per_second, 1), **{name: round(value, 3) for name, value in seconds.items()}}
 
 
 def _sha256(accepted: Accepted) -> str:

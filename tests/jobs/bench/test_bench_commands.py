@@ -107,6 +107,9 @@ def test_loadgen_issues_every_sample_in_whole_passes_and_its_verdict_is_handed_o
     assert said["accuracy"]["gen_num"] == 39
     assert said["accuracy"]["gen_tok_len"] * said["passes"] == data["total_output_tokens"]
     assert {"rouge1", "rouge2", "rougeL", "tokens_per_sample"} <= set(said["accuracy"])
+    whole = said["end_to_end"]
+    assert whole["engine_s"] == said["accuracy_elapsed_s"]
+    assert 0 < whole["tokens_per_second"] < said["accuracy"]["gen_tok_len"] / whole["engine_s"]  # reading and writing take their time, too
     assert len(said["set"]["sha256"]) == 64
     assert min(said["seeds"].values()) > 0
     assert data["output_tokens_per_s"] == pytest.approx(said["tokens_per_second"], rel=0.001)
