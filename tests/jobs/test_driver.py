@@ -494,6 +494,24 @@ def test_at_the_cap_what_is_in_flight_is_done_and_nothing_more_begins(accepted: 
     assert progress.usd > 0
 
 
+class ShrinkingCluster(ScriptedCluster):
+    """Eight nodes for half the table, then one."""
+
+    def replicas(self) -> list[ReplicaState]:
+        num_nodes = 8 if len(self.submitted) < 5 else 1
+        return [ReplicaState(name=f"node-{node}-0", window_rows=16) for node in range(num_nodes)]
+
+
+def test_what_nodes_cost_stays_spent_when_they_are_gone(accepted: Accepted) -> None:
+    spent: list[float] = []
+    driver = Driver(
+        accepted, ShrinkingCluster(lambda unit, _: report_of(unit)), clock=FakeClock(1.0), caps=Caps(usd_per_hour=36.0, max_usd=1e6)
+    )
+    driver.run(lambda progress: spent.append(progress.usd or 0.0))
+    assert spent == sorted(spent)
+    assert spent[-1] > 0
+
+
 def test_a_cap_that_is_reached_when_all_is_in_flight_changes_nothing(accepted: Accepted) -> None:
     cluster = ScriptedCluster(lambda unit, attempt: report_of(unit))
     assert Driver(accepted, cluster, caps=Caps(deadline_s=3600.0)).run().state == "complete"
