@@ -495,10 +495,10 @@ def test_at_the_cap_what_is_in_flight_is_done_and_nothing_more_begins(accepted: 
 
 
 class ShrinkingCluster(ScriptedCluster):
-    """Eight nodes for half the table, then one."""
+    """Eighty nodes for half the table, then one."""
 
     def replicas(self) -> list[ReplicaState]:
-        num_nodes = 8 if len(self.submitted) < 5 else 1
+        num_nodes = 80 if len(self.submitted) < 5 else 1
         return [ReplicaState(name=f"node-{node}-0", window_rows=16) for node in range(num_nodes)]
 
 
