@@ -270,14 +270,7 @@ def _drive(accepted: Accepted, cluster: Cluster, children: Sequence[_Child], see
             return
         next_look = now + _SAMPLE_S
         sent = progress.totals.units + progress.units_in_flight
-        seen.samples.append(
-            Moment(
-                at=now - began,
-                units=(sent + progress.totals.units) / 2,
-                driver_s=time.process_time(),
-                scheduler_s=cpu_seconds(scheduler),
-            )
-        )
+        seen.samples.append(_moment(progress, began, scheduler))
         if seen.full is None and progress.replicas and all(state.ledger is not None and state.ledger.full for state in progress.replicas):
             seen.full = (now - began, {account.name: account for account in driver.accounts(over=False)})
         if seen.all_sent is None and sent + len(progress.failed) >= progress.total_units:
@@ -285,6 +278,7 @@ def _drive(accepted: Accepted, cluster: Cluster, children: Sequence[_Child], see
 
     progress = driver.run(on_tick)
     seen.drive_s = time.monotonic() - began
+    seen.samples.append(_moment(progress, began, scheduler))
     if progress.state != "complete":
         raise JobError(f"the rehearsal's job ended {progress.state}: {next(iter(progress.failed.values()), 'nothing was said')}")
     seen.totals = progress.totals
@@ -292,6 +286,16 @@ def _drive(accepted: Accepted, cluster: Cluster, children: Sequence[_Child], see
     seen.driver_peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seen.scheduler_peak_mb = peak_mb(scheduler)
     log.store(log.at_end(driver))
+
+
+def _moment(progress: Progress, began: float, scheduler: int) -> Moment:
+    """Of a unit in flight one half is counted."""
+    return Moment(
+        at=time.monotonic() - began,
+        units=progress.totals.units + progress.units_in_flight / 2,
+        driver_s=time.process_time(),
+        scheduler_s=cpu_seconds(scheduler),
+    )
 
 
 def cpu_seconds(pid: int) -> float:

@@ -27,7 +27,7 @@ def rehearse(model: Path, store: Path | str, *more: str, environment: Mapping[st
 
 
 def test_a_small_rehearsal_runs_through_and_accounts_for_every_row(tiny_model: Path, tmp_path: Path) -> None:
-    done = rehearse(tiny_model, tmp_path / "store", "--rows", "640", "--slow-down", "1", "--json")
+    done = rehearse(tiny_model, tmp_path / "store", "--rows", "640", "--slow-down", "8", "--json")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert sum(node["rows"] for node in found["nodes"]) == 640
