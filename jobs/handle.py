@@ -10,7 +10,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import replace
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import Self
@@ -29,6 +28,9 @@ from jobs.outputs import shown_columns
 from jobs.report import Report
 from jobs.report import report as read_job_report
 from jobs.started import Started
+from jobs.started import as_of
+from jobs.started import not_planned
+from jobs.started import spoken_since
 from jobs.status import GOES_ON
 from jobs.status import Status
 from jobs.status import StatusReader
@@ -259,28 +261,6 @@ class Job:
                 what = f"no plan for {_PLAN_WITHIN_S:.0f} s, so no rows yet"
                 raise JobError(f"{self.output}: {what}; .wait() waits on, .log() has its process's words")
             time.sleep(_PLAN_EVERY_S)
-
-
-def spoken_since(found: Status, moment: float) -> bool:
-    """Whether the driver's last word is of a run that was asked for then, or later."""
-    began_at = found.said.get("began_at", 0.0)
-    return isinstance(began_at, int | float) and began_at >= moment
-
-
-def as_of(found: Status, *, asked_at: float, over: bool) -> Status:
-    """What storage says of a run whose process is known: an earlier run's last word is none of its own, and silence is no end of it."""
-    if over:
-        return replace(found, state="interrupted") if found.state in GOES_ON else found
-    if not spoken_since(found, asked_at):
-        return replace(found, state="starting", said={}, age_s=None)
-    return replace(found, state=found.said["state"]) if found.state == "interrupted" else found
-
-
-def not_planned(name: str, out_uri: str) -> Status:
-    """How a job stands whose process has stored nothing yet."""
-    return Status(
-        name=name, fingerprint="", out_uri=out_uri, state="starting", units_done=0, units=0, rows_done=0, rows=0, said={}, age_s=None
-    )
 
 
 def attach(output: str, *, storage: Mapping[str, Any] | None = None) -> Job:

@@ -1,4 +1,4 @@
-"""A job's process that outlives whoever started it: `tokenmill run` with its log in the user's cache."""
+"""A job's process that outlives whoever started it: `tokenmill run` with its log in the user's cache; how its job stands meanwhile."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from jobs.driver import ASKED_AT
+from jobs.status import GOES_ON
+from jobs.status import Status
 from pipeline.model import cache_folder
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_DRAINED
@@ -80,6 +83,28 @@ def start(job: JobSpec) -> Started:
             env={**os.environ, "PYTHONUNBUFFERED": "1", ASKED_AT: repr(asked_at)},
         )
     return Started(process, log_path, name=job.name, asked_at=asked_at)
+
+
+def spoken_since(found: Status, moment: float) -> bool:
+    """Whether the driver's last word is of a run that was asked for then, or later."""
+    began_at = found.said.get("began_at", 0.0)
+    return isinstance(began_at, int | float) and began_at >= moment
+
+
+def as_of(found: Status, *, asked_at: float, over: bool) -> Status:
+    """What storage says of a run whose process is known: an earlier run's last word is none of its own, and silence is no end of it."""
+    if over:
+        return replace(found, state="interrupted") if found.state in GOES_ON else found
+    if not spoken_since(found, asked_at):
+        return replace(found, state="starting", said={}, age_s=None)
+    return replace(found, state=found.said["state"]) if found.state == "interrupted" else found
+
+
+def not_planned(name: str, out_uri: str) -> Status:
+    """How a job stands whose process has stored nothing yet."""
+    return Status(
+        name=name, fingerprint="", out_uri=out_uri, state="starting", units_done=0, units=0, rows_done=0, rows=0, said={}, age_s=None
+    )
 
 
 def why_it_ended(exit_code: int, log: Sequence[str], log_path: Path) -> str:

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ import pytest
 import jobs
 from jobs.handle import Job
 from jobs.handle import JobFailed
-from jobs.handle import as_of
-from jobs.status import Status
 from tests.commands import PATIENCE_S
 
 ROWS = 400
@@ -41,29 +38,6 @@ def until(holds: Callable[[], object]) -> None:
 
 def parts(job: Job) -> list[str]:
     return [str(path) for path in sorted(Path(job.output).glob("part-*.parquet"))]
-
-
-# What storage says, and what is known of the process.
-
-WORD = Status(
-    name="job", fingerprint="f", out_uri="out", state="drained", units_done=5, units=10, rows_done=500, rows=1000,
-    said={"state": "drained", "began_at": 100.0}, age_s=900.0,
-)  # fmt: skip
-
-
-def test_an_earlier_runs_last_word_is_not_that_of_one_that_was_just_started() -> None:
-    assert as_of(WORD, asked_at=100.5, over=False) == replace(WORD, state="starting", said={}, age_s=None)
-    assert as_of(WORD, asked_at=100.0, over=False) == WORD
-
-
-def test_a_process_that_is_there_was_not_interrupted_however_silent_its_driver() -> None:
-    silent = replace(WORD, state="interrupted", said={"state": "running", "began_at": 100.0})
-    assert as_of(silent, asked_at=99.0, over=False).state == "running"
-
-
-@pytest.mark.parametrize("state", ["starting", "running", "draining"])
-def test_a_process_that_is_gone_does_not_run_however_fresh_its_word(state: str) -> None:
-    assert as_of(replace(WORD, state=state), asked_at=99.0, over=True).state == "interrupted"
 
 
 # The first moments.

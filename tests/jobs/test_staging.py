@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import jobs
 from jobs.notebook import make_job
 from jobs.staging import stage
 from jobs.staging import unified
@@ -128,6 +129,9 @@ def test_a_table_is_staged_as_the_jobs_own_recipe_says(azurite: Azurite, tiny_mo
     assert f"az://{bucket}/{name}".startswith(uri)
     with storage.open_read(f"az://{bucket}/{name}") as file:
         assert pq.read_table(file).column("q").to_pylist() == ["one", "two"]
+    storage.use(None)  # as in another kernel
+    with pytest.raises(JobError, match="holds no job"):
+        jobs.attach(f"az://{bucket}/out", storage=recipe)
 
 
 def test_nothing_is_staged_for_a_job_that_is_wrong(tiny_model: Path, tmp_path: Path) -> None:

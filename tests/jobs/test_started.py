@@ -1,12 +1,15 @@
-"""How a job's own process ended, in words: what it said, what a signal means, what to do next."""
+"""How a job's own process ended, in words: what it said, what a signal means, what to do next; and how its job stands till then."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from jobs.started import as_of
 from jobs.started import why_it_ended
+from jobs.status import Status
 
 _LOG = Path("/cache/log")
 
@@ -41,3 +44,26 @@ def test_only_the_last_lines_of_a_long_log_are_told() -> None:
 
 def test_a_refusal_without_a_word_still_says_its_code() -> None:
     assert "ended with exit code 2" in why_it_ended(2, [], _LOG)
+
+
+# What storage says, and what is known of the process.
+
+WORD = Status(
+    name="job", fingerprint="f", out_uri="out", state="drained", units_done=5, units=10, rows_done=500, rows=1000,
+    said={"state": "drained", "began_at": 100.0}, age_s=900.0,
+)  # fmt: skip
+
+
+def test_an_earlier_runs_last_word_is_not_that_of_one_that_was_just_started() -> None:
+    assert as_of(WORD, asked_at=100.5, over=False) == replace(WORD, state="starting", said={}, age_s=None)
+    assert as_of(WORD, asked_at=100.0, over=False) == WORD
+
+
+def test_a_process_that_is_there_was_not_interrupted_however_silent_its_driver() -> None:
+    silent = replace(WORD, state="interrupted", said={"state": "running", "began_at": 100.0})
+    assert as_of(silent, asked_at=99.0, over=False).state == "running"
+
+
+@pytest.mark.parametrize("state", ["starting", "running", "draining"])
+def test_a_process_that_is_gone_does_not_run_however_fresh_its_word(state: str) -> None:
+    assert as_of(replace(WORD, state=state), asked_at=99.0, over=True).state == "interrupted"
