@@ -63,7 +63,6 @@ NOT_RUN = {
     (_README, "tokenmill tune job.yaml"): "ten minutes of engines; tests/jobs/test_tune.py has a short search with the real one",
     (_README, "tokenmill model prepare demo"): "minutes; tests/jobs/test_prepare_model.py does it with a tiny model and the real engine",
     (_JOBS, "storage:"): "names an Azure account; tests/pipeline/test_storage_conformance.py has each way in, on Azurite",
-    (_CLUSTER, "tokenmill run job.yaml --preflight"): "half a minute more; tests/jobs/test_preflight.py has it, over scripted nodes",
     (_INFRA, "az "): _AZURE,
     (_INFRA, "for name in Batch Compute"): _AZURE,
     (_INFRA, "export TOKENMILL_"): "names for the commands after it, two of which Azure says",
@@ -73,8 +72,8 @@ NOT_RUN = {
     (_INFRA, "tokenmill scheduler --keys ./keys"): "its keys went through Azure; jobs/cluster/README.md's is run",
     (_INFRA, "tokenmill run job.yaml"): "its nodes are a scale set; jobs/cluster/README.md's is run",
     (_INFRA, "curl "): "asks Azure's price list, in the internet",
-    (_GRAFANA, "scrape_configs:"): "is for Prometheus; tests/infra/test_grafana.py reads it",
     (_INFRA, "docker "): _DOCKER,
+    (_GRAFANA, "scrape_configs:"): "is for Prometheus; tests/infra/test_grafana.py reads it",
 }
 """By page and how the command begins: why it is not run."""
 
