@@ -106,7 +106,7 @@ def offers(
             low = _hours(output.low / (total * faster), lengths, rate * faster, batch)
             high = _hours(output.high / (total * slower), lengths, rate * slower, batch)
             hours = Mean(value=mean, low=low, high=high)
-            price = profile.node.price.usd_per_hour if profile.node.price else None
+            price = profile.usd_per_hour
             found.append(
                 Offer(
                     profile=profile.name,
@@ -118,7 +118,7 @@ def offers(
                     batch=batch,
                     output_tokens_per_s=total,
                     hours=hours,
-                    usd=_times(hours, count * price) if price else None,
+                    usd=hours.times(count * price) if price else None,
                     basis="roofline",
                     wider=wider,
                 )
@@ -150,7 +150,7 @@ def offer_here(lengths: Lengths, canary: Canary, *, profile: str, usd_per_hour: 
         batch=min(canary.max_num_seqs, generated.value / canary.replicas),
         output_tokens_per_s=generated.value * lengths.output.value / (when.value * 3600 - canary.start_s),
         hours=when,
-        usd=_times(when, usd_per_hour) if usd_per_hour else None,
+        usd=when.times(usd_per_hour) if usd_per_hour else None,
         basis="canary",
     )
 
@@ -233,7 +233,3 @@ def _hours(work_s: float, lengths: Lengths, rate: float, batch: float) -> float:
 def _product(one: Mean, other: Mean) -> Mean:
     """At least as wide as where it lies four times in five."""
     return Mean(value=one.value * other.value, low=one.low * other.low, high=one.high * other.high)
-
-
-def _times(mean: Mean, factor: float) -> Mean:
-    return Mean(value=mean.value * factor, low=mean.low * factor, high=mean.high * factor)

@@ -24,7 +24,6 @@ from jobs.estimate import tokens_of
 from jobs.lengths import NO_ROWS
 from jobs.lengths import SAMPLE_ROWS
 from jobs.lengths import Lengths
-from jobs.lengths import Mean
 from jobs.lengths import earlier_outputs
 from jobs.lengths import mean_of
 from jobs.lengths import share_of
@@ -105,7 +104,7 @@ def forecast(
         output, basis = unknown_output(mean_of([request.sampling.max_tokens * request.sampling.n for request in asked])), "max_tokens"
     lengths = Lengths(
         rows=rows,
-        reused=_reused(share_of(len(taken), len(sampled)), rows) if report.earlier else NO_ROWS,
+        reused=share_of(len(taken), len(sampled)).times(rows) if report.earlier else NO_ROWS,
         sampled=min(len(sampled), SAMPLE_ROWS),
         prompt=mean_of([len(request.token_ids) for request in asked]),
         output=output,
@@ -135,10 +134,6 @@ def sizes_for(profile: str) -> list[Profile]:
         return sizes
     taken = own.name in {size.name for size in sizes}
     return [*sizes, own.model_copy(update={"name": profile}) if taken else own]
-
-
-def _reused(share: Mean, rows: int) -> Mean:
-    return Mean(value=share.value * rows, low=share.low * rows, high=share.high * rows)
 
 
 def node_counts(text: str) -> tuple[int, ...]:

@@ -30,6 +30,9 @@ class Mean:
     low: float
     high: float
 
+    def times(self, factor: float) -> Mean:
+        return Mean(value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
 
 NO_ROWS = Mean(value=0.0, low=0.0, high=0.0)
 

@@ -247,7 +247,7 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
         options={**made, **options},
         environment=environment,
         device_environments=pinned,
-        usd_per_hour=_price_of(profile),
+        usd_per_hour=profile.usd_per_hour,
     )
 
 
@@ -283,7 +283,7 @@ def _plan_gpus(
         device_environments=visible,
         found=_shortened_words(longest, context, width) if shortened else "",
         shortened=shortened,
-        usd_per_hour=_price_of(profile),
+        usd_per_hour=profile.usd_per_hour,
     )
 
 
@@ -300,11 +300,6 @@ def _shortened_words(longest: int, context: int, width: int) -> str:
         f"prompt and completion may have {longest:,} tokens of the model's {context:,}: the KV cache of a replica on {where} holds no "
         "longer row; for longer ones set engine.options.tensor_parallel_size higher"
     )
-
-
-def _price_of(profile: Profile) -> float | None:
-    price = profile.node.price if profile.node is not None else None
-    return price.usd_per_hour if price is not None else None
 
 
 def _pinned(machine: Machine, index: int, count: int) -> dict[str, str]:

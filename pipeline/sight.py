@@ -37,7 +37,8 @@ _FUNCTIONS = frozenset({"raise_exception", "namespace", "range", "dict"})
 def in_sight(template: str) -> bool:
     try:
         tree = Environment(extensions=[loopcontrols]).parse(template)
-        return _seen(tree) and all(_looks_up_in_sight(compare, _own_fields(tree)) for compare in tree.find_all(nodes.Compare))
+        own_fields = _own_fields(tree)
+        return _seen(tree) and all(_looks_up_in_sight(compare, own_fields) for compare in tree.find_all(nodes.Compare))
     except (TemplateSyntaxError, RecursionError):
         return False
 

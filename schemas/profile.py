@@ -47,3 +47,9 @@ class Profile(Frozen):
     """CPU only: the first of these flags that the CPU has decides the dtype."""
     dtype: str = "auto"
     """Where no flag decides."""
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Of one node; None where it says no price."""
+        price = self.node.price if self.node is not None else None
+        return price.usd_per_hour if price is not None else None

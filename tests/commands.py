@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +18,21 @@ import pytest
 TOKENMILL = str(Path(sys.executable).with_name("tokenmill"))
 PATIENCE_S = 90.0
 """Nothing waits for a time to pass, only for things to happen; this is when a test gives up waiting."""
+
+
+def wait_until(holds: Callable[[], object], what: str) -> None:
+    """Fails where patience ends before."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def said_as_json(*words: str) -> dict[str, Any]:
+    """What a command with --json says; what it says besides goes where ours goes. Raises where it fails."""
+    done = subprocess.run([TOKENMILL, *words, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
 
 
 class Command:

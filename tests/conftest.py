@@ -120,19 +120,24 @@ def write_table(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def job_data(model: Path, folder: Path) -> dict[str, Any]:
+    """A job on the simulated engine, inline, over folder/in to folder/out."""
+    return {
+        "model": str(model),
+        "input": {"uri": str(folder / "in" / "*.parquet"), "prompt": "prompt"},
+        "output": {"uri": str(folder / "out")},
+        "sampling": {"max_tokens": 8},
+        "engine": {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}},
+        "cluster": {"kind": "inline"},
+    }
+
+
 @pytest.fixture
 def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., JobSpec]:
     """A job on the simulated engine, inline, over tmp_path/in to tmp_path/out; sections given as keyword arguments are merged in."""
 
     def make(**sections: Any) -> JobSpec:
-        data: dict[str, Any] = {
-            "model": str(tiny_model),
-            "input": {"uri": str(tmp_path / "in" / "*.parquet"), "prompt": "prompt"},
-            "output": {"uri": str(tmp_path / "out")},
-            "sampling": {"max_tokens": 8},
-            "engine": {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}},
-            "cluster": {"kind": "inline"},
-        }
+        data = job_data(tiny_model, tmp_path)
         for key, value in sections.items():
             data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
         return parse_job(data)

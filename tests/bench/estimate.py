@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.commands import TOKENMILL
+from tests.commands import said_as_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,11 +51,11 @@ def _round(options: argparse.Namespace) -> dict[str, Any]:
         job = ["--model", options.model, "--input", str(table), "--prompt", "question", "--max-tokens", str(options.max_tokens)]
         job += ["--output", str(Path(folder) / "out")]
         began = time.monotonic()
-        planned = _said("plan", *job, "--canary", str(options.canary), "--nodes", "1")["estimate"]
+        planned = said_as_json("plan", *job, "--canary", str(options.canary), "--nodes", "1")["estimate"]
         canary_s = time.monotonic() - began
         (here,) = [offer for offer in planned["offers"] if offer["basis"] == "canary"]
         began = time.monotonic()
-        result = _said("run", *job)
+        result = said_as_json("run", *job)
         wall_s = time.monotonic() - began
     tokens = result["completion_tokens"]
     predicted_tokens, predicted_s = planned["tokens"]["output"]["value"], here["hours"]["value"] * 3600
@@ -70,12 +69,6 @@ def _round(options: argparse.Namespace) -> dict[str, Any]:
         "canary_s": canary_s,
         "cost": planned["canary"]["cost"],
     }
-
-
-def _said(*words: str) -> dict[str, Any]:
-    done = subprocess.run([TOKENMILL, *words, "--json"], stdout=subprocess.PIPE, text=True, check=True)
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
 
 
 if __name__ == "__main__":

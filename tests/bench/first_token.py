@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from schemas.manifest import META_REPORT
 from schemas.manifest import UnitReport
-from tests.commands import TOKENMILL
+from tests.commands import said_as_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,10 +49,9 @@ def _round(model: str) -> tuple[float, float]:
         pq.write_table(pa.table({"question": ["What is 6 times 7?"]}), table)
         began = time.time()
         words = ["run", "--model", model, "--input", str(table), "--prompt", "question", "--max-tokens", "1", "--output", str(out)]
-        done = subprocess.run([TOKENMILL, *words, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+        replicas = said_as_json(*words)["account"]["replicas"]
         (part,) = out.glob("part-*.parquet")
         report = UnitReport.from_json(pq.read_metadata(part).metadata[META_REPORT])
-        replicas = json.loads(done.stdout)["account"]["replicas"]
     return report.finished_at - began, min(replica["seconds"]["start"] for replica in replicas)
 
 

@@ -50,6 +50,7 @@ from tests.chaos.test_processes import _SLOW
 from tests.chaos.test_processes import Job
 from tests.chaos.test_processes import gone
 from tests.chaos.test_processes import job as job
+from tests.commands import wait_until
 from tests.conftest import read_output
 
 pytestmark = pytest.mark.chaos
@@ -65,13 +66,6 @@ def reports(job: Job) -> list[UnitReport]:
 
 def segments(job: Job, suffix: str) -> list[Path]:
     return sorted((job.out / layout.SEGMENTS).rglob(f"*{suffix}"))
-
-
-def wait_until(there: Callable[[], Any], what: str, *, patience_s: float = 60.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not there():
-        assert time.monotonic() < deadline, f"no sign of {what}"
-        time.sleep(0.05)
 
 
 def busy(job: Job) -> Callable[[], bool]:

@@ -30,6 +30,7 @@ from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.job import json_schema
 from schemas.job import parse_job
+from tests.conftest import job_data
 
 WriteTable = Callable[..., Path]
 WriteJob = Callable[..., Path]
@@ -46,15 +47,7 @@ def tokenmill(*arguments: str | Path) -> Result:
 
 
 def as_data(model: Path, folder: Path) -> dict[str, Any]:
-    return {
-        "name": "tickets",
-        "model": str(model),
-        "input": {"uri": str(folder / "in" / "*.parquet"), "prompt": "prompt"},
-        "output": {"uri": str(folder / "out")},
-        "sampling": {"max_tokens": 8},
-        "engine": {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}},
-        "cluster": {"kind": "inline"},
-    }
+    return {"name": "tickets", **job_data(model, folder)}
 
 
 @pytest.fixture

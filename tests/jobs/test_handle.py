@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 import jobs
 from jobs.handle import Job
 from jobs.handle import JobFailed
-from tests.commands import PATIENCE_S
+from tests.commands import wait_until
 
 ROWS = 400
 TABLE = pa.table({"id": list(range(ROWS)), "q": [f"question {row}" for row in range(ROWS)]})
@@ -27,13 +25,6 @@ FAST = {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_to
 
 def asked_of(model: Path, output: Path, engine: dict[str, Any]) -> dict[str, Any]:
     return {"model": str(model), "prompt": "q", "output": str(output), "max_tokens": 32, "engine": engine}
-
-
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def parts(job: Job) -> list[str]:
@@ -92,7 +83,7 @@ def test_an_output_that_is_a_file_is_refused_in_words(tiny_model: Path, tmp_path
 def unfinished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Drained with some units done and others not."""
     job = jobs.submit(TABLE, **asked_of(tiny_model, tmp_path_factory.mktemp("unfinished") / "out", SLOW))
-    until(lambda: parts(job))
+    wait_until(lambda: parts(job), "a part")
     job.cancel()
     return job.wait(show=False)
 
@@ -143,7 +134,7 @@ def test_frames_of_an_unfinished_job_say_how_much_there_is(unfinished: Job, caps
 def test_going_on_is_not_taken_for_the_end_of_the_run_before(tiny_model: Path, tmp_path: Path) -> None:
     asked = asked_of(tiny_model, tmp_path / "out", SLOW)
     first = jobs.submit(TABLE, **asked)
-    until(lambda: parts(first))
+    wait_until(lambda: parts(first), "a part")
     first.cancel()
     rows_done = first.wait(show=False).status().rows_done
     second = jobs.submit(TABLE, **asked)
@@ -161,7 +152,7 @@ def test_going_on_is_not_taken_for_the_end_of_the_run_before(tiny_model: Path, t
 @pytest.mark.chaos
 def test_an_interrupt_ends_the_waiting_and_not_the_job(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = jobs.submit(TABLE, **asked_of(tiny_model, tmp_path / "out", SLOW))
-    until(lambda: parts(job))
+    wait_until(lambda: parts(job), "a part")
     me = threading.get_ident()
     timer = threading.Timer(0.5, lambda: signal.pthread_kill(me, signal.SIGINT))
     timer.start()
@@ -169,7 +160,7 @@ def test_an_interrupt_ends_the_waiting_and_not_the_job(tiny_model: Path, tmp_pat
     timer.join()
     assert "the job goes on" in capsys.readouterr().err
     before = len(parts(job))
-    until(lambda: len(parts(job)) > before)
+    wait_until(lambda: len(parts(job)) > before, "one more part")
     assert job.cancel() in ("starting", "running")  # its driver says so every five seconds
     assert job.wait(show=False).status().state == "drained"
 
@@ -180,7 +171,7 @@ def test_a_killed_job_is_no_success_and_goes_on_when_asked_again(tiny_model: Pat
     job = jobs.submit(TABLE, **asked)
     started = job._started
     assert started is not None
-    until(lambda: parts(job))
+    wait_until(lambda: parts(job), "a part")
     os.kill(started.pid, signal.SIGKILL)
     with pytest.raises(JobFailed, match=r"killed \(SIGKILL\), as Linux does where memory runs out; .* run the same again") as caught:
         job.wait(show=False)

@@ -26,6 +26,7 @@ from schemas import layout
 from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.job import parse_job
+from tests.conftest import job_data
 
 MakeJob = Callable[..., JobSpec]
 WriteTable = Callable[..., Path]
@@ -39,15 +40,7 @@ def make_whole(folder: Path, model: Path) -> Path:
     rows = [{"id": index, "prompt": None if index == 21 else f"question {index}", "x": index / 2} for index in range(_ROWS)]
     (folder / "in").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "prompts.parquet")
-    job = {
-        "model": str(model),
-        "input": {"uri": str(folder / "in" / "*.parquet"), "prompt": "prompt"},
-        "output": {"uri": str(folder / "out")},
-        "sampling": {"max_tokens": 8},
-        "engine": {"kind": "simulated", "options": {"decode_tokens_per_s": 1e6, "prefill_tokens_per_s": 1e7}},
-        "cluster": {"kind": "inline"},
-    }
-    assert run(parse_job(job), stream=io.StringIO()).state == "complete"
+    assert run(parse_job(job_data(model, folder)), stream=io.StringIO()).state == "complete"
     return folder / "out"
 
 
