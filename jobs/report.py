@@ -92,6 +92,7 @@ class Report:
             "output_tokens": self.output_tokens,
             "prompt_tokens": self.prompt_tokens,
             "copied_tokens": sum(run.copied_tokens for run in self.runs),
+            "cached_prompt_tokens": sum(run.cached_prompt_tokens for run in self.runs),
             "reused_tokens": sum(run.reused_tokens for run in self.runs),
             "retries": sum(run.retries for run in self.runs),
             "seconds": {kind: round(sum(replica.seconds.get(kind, 0.0) for replica in self.replicas), 3) for kind in KINDS},

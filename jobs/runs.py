@@ -79,6 +79,7 @@ class RunLog:
             prompt_tokens=totals.prompt_tokens,
             output_tokens=totals.completion_tokens - totals.reused_tokens,
             copied_tokens=totals.copied_tokens,
+            cached_prompt_tokens=totals.cached_prompt_tokens,
             reused_tokens=totals.reused_tokens,
             retries=progress.retries,
             doubled=progress.doubled,

@@ -74,6 +74,7 @@ class RunResult:
                 "completion_tokens": self.this_run.completion_tokens,
                 "copied_rows": self.this_run.copied_rows,
                 "copied_tokens": self.this_run.copied_tokens,
+                "cached_prompt_tokens": self.this_run.cached_prompt_tokens,
                 "reused_rows": self.this_run.reused_rows,
                 "reused_tokens": self.this_run.reused_tokens,
                 "wall_s": round(self.wall_s, 2),
@@ -101,6 +102,11 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
     if run.copied_rows:
         table.add_row(
             "copied", f"{run.copied_rows:,} rows, {run.copied_tokens:,} output tokens: as identical rows came out (engine.ordering)"
+        )
+    if run.cached_prompt_tokens:
+        share = run.cached_prompt_tokens / run.prompt_tokens
+        table.add_row(
+            "shared", f"{run.cached_prompt_tokens:,} prompt tokens ({share:.0%}) of rows that begin like others: from the prefix cache"
         )
     if run.reused_rows:
         table.add_row("reused", f"{run.reused_rows:,} rows, {run.reused_tokens:,} output tokens: as earlier outputs have them (reuse)")

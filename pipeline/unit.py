@@ -121,6 +121,7 @@ def run_unit(unit: WorkUnit, out_uri: str, tools: Tools) -> tuple[UnitReport, Ou
         resumed_tokens=earlier_tokens,
         copied_rows=walk.copied_rows,
         copied_tokens=walk.copied_tokens,
+        cached_prompt_tokens=walk.cached_prompt_tokens,
         reused_rows=reused.rows,
         reused_tokens=reused.tokens,
         flaws=dict(tally.flaws.counts),

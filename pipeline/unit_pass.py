@@ -67,6 +67,7 @@ class Pass:
         """Output tokens that the engine made for rows that came back."""
         self.copied_rows = self.copied_tokens = 0
         """Answered with what was generated for an identical row."""
+        self.cached_prompt_tokens = 0
 
     def run(self) -> Iterator[Chunk]:
         """Complete chunks in input order. Raises what the engine and the input raise."""
@@ -76,6 +77,7 @@ class Pass:
             alone = self._trial is not None and self._trial.alone
             wide = self.tools.job.lengths_vary
             for generation in self.tools.engine.generate(self._requests(), tag=tag, alone=alone, wide=wide):
+                self.cached_prompt_tokens += generation.cached_prompt_tokens
                 self.generated_tokens += generated_tokens(_deliver(chunks, generation), generation)
                 if generation.copied:
                     self.copied_rows += 1

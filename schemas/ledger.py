@@ -105,6 +105,8 @@ class RunAccount(Frozen):
     """Also those that were copied, or that earlier runs had saved; not those that were taken over from earlier outputs."""
     copied_tokens: _Count = 0
     """Of rows that asked the same as another."""
+    cached_prompt_tokens: _Count = 0
+    """That engines had in their prefix caches, of the prompt tokens."""
     reused_tokens: _Count = 0
     """Of rows that an earlier output had answered."""
     retries: _Count

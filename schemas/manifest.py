@@ -53,6 +53,8 @@ class UnitReport:
     """Rows answered with what was generated for an identical greedy row."""
     copied_tokens: int = 0
     """Their completion tokens."""
+    cached_prompt_tokens: int = 0
+    """Prompt tokens that engines had in their prefix caches, for rows that begin like others."""
     reused_rows: int = 0
     """Rows whose request an earlier output had answered."""
     reused_tokens: int = 0
@@ -91,6 +93,7 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("resumed_tokens", pa.int64()),
     pa.field("copied_rows", pa.int64()),
     pa.field("copied_tokens", pa.int64()),
+    pa.field("cached_prompt_tokens", pa.int64()),
     pa.field("reused_rows", pa.int64()),
     pa.field("reused_tokens", pa.int64()),
     pa.field("flaws", pa.string()),
@@ -123,6 +126,7 @@ class Totals:
     completion_tokens: int = 0
     copied_rows: int = 0
     copied_tokens: int = 0
+    cached_prompt_tokens: int = 0
     reused_rows: int = 0
     reused_tokens: int = 0
     errors: dict[str, int] = field(default_factory=dict)
@@ -142,6 +146,7 @@ class Totals:
         self.completion_tokens += report.completion_tokens
         self.copied_rows += report.copied_rows
         self.copied_tokens += report.copied_tokens
+        self.cached_prompt_tokens += report.cached_prompt_tokens
         self.reused_rows += report.reused_rows
         self.reused_tokens += report.reused_tokens
         pairs = ((self.errors, report.errors), (self.finish_reasons, report.finish_reasons), (self.flaws, report.flaws))

@@ -78,6 +78,7 @@ class Repeated:
     resumed_tokens: int
     copied_rows: int
     copied_tokens: int
+    cached_prompt_tokens: int
     reused_rows: int
     reused_tokens: int
     retries: int
@@ -192,6 +193,7 @@ def repeated(units: Sequence[UnitReport], runs: Sequence[RunAccount], *, goes_on
         resumed_tokens=sum(unit.resumed_tokens for unit in units),
         copied_rows=sum(unit.copied_rows for unit in units),
         copied_tokens=sum(unit.copied_tokens for unit in units),
+        cached_prompt_tokens=sum(unit.cached_prompt_tokens for unit in units),
         reused_rows=sum(unit.reused_rows for unit in units),
         reused_tokens=sum(unit.reused_tokens for unit in units),
         retries=sum(run.retries for run in runs),

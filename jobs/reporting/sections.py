@@ -340,6 +340,7 @@ def repeated(evidence: Evidence) -> Section:
         facts=(
             ("rows taken over from earlier attempts", f"{found.resumed_rows:,} ({found.resumed_tokens:,} output tokens)"),
             ("rows copied from identical ones", f"{found.copied_rows:,} ({found.copied_tokens:,} output tokens)"),
+            ("prompt tokens found in the prefix cache", f"{found.cached_prompt_tokens:,}"),
             ("rows reused from earlier outputs", f"{found.reused_rows:,} ({found.reused_tokens:,} output tokens)"),
             ("units tried again", f"{found.retries:,}"),
             ("units run a second time because they held up the end", f"{found.doubled:,}"),

@@ -50,6 +50,8 @@ class Generation:
     error: RowError | None = None
     copied: bool = False
     """Whether the choices were generated for an identical row."""
+    cached_prompt_tokens: int = 0
+    """Of the prompt, what the engine had in its prefix cache and did not compute again."""
 
     @property
     def num_tokens(self) -> int:

@@ -134,9 +134,9 @@ class OrderedCore:
         if generation.error is None and (answer_to := self._answer_keys.get(leader)) is not None:
             self._answers.put(answer_to, generation.choices)
         owners = self._owners[leader]
+        copied = replace(generation, copied=generation.error is None, cached_prompt_tokens=0)
         out = [
-            (key, replace(generation, position=request.position, copied=number > 0 and generation.error is None))
-            for number, (key, request) in enumerate(owners)
+            (key, replace(copied if number else generation, position=request.position)) for number, (key, request) in enumerate(owners)
         ]
         for key, _ in owners:
             self._leader.pop(key, None)

@@ -178,7 +178,8 @@ def _generation(request: Request, output: Any) -> Generation:
                 logprobs=_logprobs(choice) if request.sampling.logprobs is not None else None,
             )
         )
-    return Generation(position=request.position, choices=tuple(choices))
+    cached = min(output.num_cached_tokens or 0, len(request.token_ids))  # what a row had begun with may lie there, too
+    return Generation(position=request.position, choices=tuple(choices), cached_prompt_tokens=cached)
 
 
 def _logprobs(choice: Any) -> list[dict[str, Any]]:

@@ -21,13 +21,16 @@ from tests.conftest import read_output
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
-ENGINE: dict[str, Any] = {"kind": "vllm", "options": {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20}}
+_BLOCK = 32
+ENGINE: dict[str, Any] = {"kind": "vllm", "options": {"max_num_seqs": 16, "kv_cache_memory_bytes": 64 << 20, "block_size": _BLOCK}}
 
 
 def test_a_table_comes_out_whole_through_the_real_engine(
     make_job: Callable[..., JobSpec], write_table: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows: list[dict[str, Any]] = [{"id": row, "prompt": f"question {row}", "params": None} for row in range(60)]
+    for row in rows[40:]:
+        row["prompt"] = f"{'as all of these begin ' * 3}{row['id']}"
     rows[3]["prompt"] = None
     rows[7]["prompt"] = "x" * 600
     rows[11]["params"] = json.dumps({"structured_outputs": {"choice": ["yes", "no"]}})
@@ -70,6 +73,10 @@ def test_a_table_comes_out_whole_through_the_real_engine(
     assert replica.seconds["lost"] == 0
     assert replica.generated_tokens == replica.output_tokens == result.totals.completion_tokens - result.totals.copied_tokens
     assert 0 < replica.busy_tokens <= replica.generated_tokens
+    # Of rows that begin alike, those that came after the first lot were found in the prefix cache, by whole blocks.
+    assert result.this_run.cached_prompt_tokens >= _BLOCK
+    assert result.this_run.cached_prompt_tokens % _BLOCK == 0
+    assert result.account.cached_prompt_tokens == result.this_run.cached_prompt_tokens
     assert result.account.engine["version"].startswith("vllm")
     # The same command again starts no engine and changes nothing.
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part-*")}
