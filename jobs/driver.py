@@ -99,6 +99,8 @@ class Progress:
     """Whether rows that run first are still at it; stopped where the run ended before their last one."""
     usd: float | None = None
     """What this run's nodes have cost, where their price is known."""
+    node_s: float = 0.0
+    """Seconds of all its nodes together."""
     notes: list[str] = field(default_factory=list)
     """What the user should hear, in order; whoever shows them takes them out."""
 
@@ -336,7 +338,7 @@ class Driver:
     def _look_at_caps(self, now: float) -> None:
         progress, node_seconds = self.progress, self._node_seconds
         node_seconds.add(now, self._num_nodes)
-        progress.usd = self._caps.usd(node_seconds.total)
+        progress.node_s, progress.usd = node_seconds.total, self._caps.usd(node_seconds.total)
         if self._drain.is_set() or not (self._ready or self._later or self._held):
             return
         usual_s = statistics.median(self._took_s) if self._took_s else 0.0

@@ -73,6 +73,7 @@ class RunLog:
             began_at=self._began_at,
             ended_at=time.time(),
             elapsed_s=self._elapsed_s(),
+            node_s=round(progress.node_s, 3),
             units=totals.units,
             rows=totals.rows,
             error_rows=totals.error_rows,

@@ -96,6 +96,8 @@ class RunAccount(Frozen):
     """Unix seconds."""
     ended_at: float
     elapsed_s: _Seconds
+    node_s: _Seconds | None = None
+    """Seconds of all nodes together, from when each came until it went, as the driver saw them; None in earlier versions' accounts."""
     units: _Count
     """Committed by this run, like all that follows."""
     rows: _Count

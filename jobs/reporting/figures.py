@@ -176,9 +176,11 @@ def cost(runs: Iterable[RunAccount], usd_per_hour: Mapping[str, float | None]) -
     """None where the price of some run's nodes is not known."""
     usd = node_hours = 0.0
     for run in runs:
-        num_nodes = max(1, len({node_of(replica.name) for replica in run.replicas}))
-        node_hours += run.elapsed_s / 3600 * num_nodes
-        spent = Caps(usd_per_hour=usd_per_hour[run.run]).usd(run.elapsed_s * num_nodes)
+        node_s = run.node_s
+        if node_s is None:  # an earlier version's account: as if every node had been there all the time
+            node_s = run.elapsed_s * max(1, len({node_of(replica.name) for replica in run.replicas}))
+        node_hours += node_s / 3600
+        spent = Caps(usd_per_hour=usd_per_hour[run.run]).usd(node_s)
         if spent is None:
             return None
         usd += spent

@@ -114,6 +114,11 @@ def test_cost_counts_each_node_once_and_every_run() -> None:
     assert figures.cost(runs, {"r1": 10.0, "r2": 10.0}) == figures.Cost(usd=20.0, node_hours=2.0)
 
 
+def test_a_node_that_came_late_or_went_early_costs_only_its_own_time() -> None:
+    runs = [run_of(replica("a-0"), replica("b-0"), elapsed_s=3600.0, node_s=5400.0)]
+    assert figures.cost(runs, {"r1": 10.0}) == figures.Cost(usd=15.0, node_hours=1.5)
+
+
 def test_one_run_without_a_price_leaves_the_cost_unknown() -> None:
     assert figures.cost([run_of(), run_of(run="r2")], {"r1": 10.0, "r2": None}) is None
 
