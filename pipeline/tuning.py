@@ -229,12 +229,12 @@ def expected_s(setting: Setting, outcomes: Mapping[str, Outcome]) -> float:
     """How long a trial of it will take, by what others took: starts are slower than rows, and replicas start one after the other."""
     seen = {parse_key(key): outcome for key, outcome in outcomes.items()}
     ours = {tried: outcome for tried, outcome in seen.items() if not tried.defaults and outcome.state != "failed"}
-    each_s = max((outcome.start_s / tried.replicas for tried, outcome in ours.items() if not _compiles(tried)), default=_FIRST_START_S)
+    each_s = max((outcome.start_s / tried.replicas for tried, outcome in ours.items() if not compiles(tried)), default=_FIRST_START_S)
     runs = [outcome.run_s for outcome in ours.values() if outcome.state == "done"]
     run_s = min(runs, default=_FIRST_START_S) / RUNGS[-1][1]
     if setting.defaults:
         return each_s * _ENGINES_OWN_START + 3 * run_s
-    start_s = each_s * setting.replicas + (_COMPILE_S * setting.replicas if _compiles(setting) else 0.0)
+    start_s = each_s * setting.replicas + (_COMPILE_S * setting.replicas if compiles(setting) else 0.0)
     return start_s + run_s
 
 
@@ -390,7 +390,8 @@ def _most_promising(models: Sequence[Model]) -> tuple[str, ...]:
     return tuple(model.weights_digest for model in (models[0], *others))
 
 
-def _compiles(setting: Setting) -> bool:
+def compiles(setting: Setting) -> bool:
+    """Whether its engine compiles the model when it starts, which takes long the first time."""
     return setting.get("enforce_eager") is False
 
 

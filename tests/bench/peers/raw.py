@@ -1,6 +1,8 @@
 """Our engines alone on the bench's rows: Parquet in, Parquet and a line with seconds and tokens out. No Dask, no commit.
 
 python tests/bench/peers/raw.py --input in/ --output out/ --model demo --max-tokens 128
+
+With --defaults one engine as somebody has it who gives vLLM the model alone, and a cache that fits beside other processes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.engine.engine import Request
 from pipeline.model import resolve_model
+from pipeline.profile import ReplicaPlan
 from pipeline.profile import cut_machine
 from pipeline.prompts import read_prompts
 from pipeline.render import Renderer
@@ -22,6 +25,7 @@ from pipeline.trial import run_trial
 from schemas.job import parse_job
 
 _TIMEOUT_S = 3600.0
+_DEFAULTS = ReplicaPlan(profile="defaults", replicas=1, options={"kv_cache_memory_bytes": 4 << 30}, bare=True)
 
 
 def main() -> None:
@@ -30,6 +34,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--defaults", action="store_true")
     options = parser.parse_args()
     job = parse_job(
         {
@@ -46,7 +51,7 @@ def main() -> None:
     renderer = Renderer(tokenizer, job, max_model_len=model.max_position_embeddings, seed_base="raw")
     rendered = renderer.render(read_prompts(table.to_batches()[0], 0, job))
     requests = [item for item in rendered if isinstance(item, Request)]
-    plan = cut_machine(job.engine, model, replicas=None)
+    plan = _DEFAULTS if options.defaults else cut_machine(job.engine, model, replicas=None)
     result = run_trial(plan, model, job.engine.kind, requests, timeout_s=_TIMEOUT_S, keep=True)
     generations = [result.generations[request.position] for request in requests]
     ids = [generation.choices[0].token_ids for generation in generations]
