@@ -146,7 +146,7 @@ class Nemesis:
             role = role_of(process)
             children = process.children()
             self._seen.setdefault((process.pid, process.create_time()), process)
-            # vLLM names its processes; on CPUs its engine runs inside the worker's.
+            # vLLM names its processes; on CPUs its engine runs inside the worker's, unless a profile says otherwise.
             if role is None and above == "worker" and "EngineCore" in " ".join([process.name(), *process.cmdline()]):
                 role = "engine"
         except psutil.NoSuchProcess:

@@ -60,7 +60,8 @@ class Site:
         if service == "scheduler":
             return ["scheduler", *found, "--listen", "tls://127.0.0.1:0", "--dashboard", "none"]
         options = [f"--set=engine.options.{name}={value}" for name, value in self._sections["engine"]["options"].items()]
+        profile = [f"--profile={self._sections['engine']['profile']}"] if "profile" in self._sections["engine"] else []
         # Each start has a name of its own: the one before may be stopped, not dead, and wake.
         name = f"{service}-{self._starts[service]}"
-        engine = ["--engine", self._sections["engine"]["kind"], *options]
+        engine = ["--engine", self._sections["engine"]["kind"], *profile, *options]
         return ["worker", "--model", self._sections["model"], *engine, "--replicas", "1", "--name", name, *found]

@@ -1,7 +1,8 @@
 """A faulty HTTP proxy before a blob service: resets, errors, slow and cut answers, at random by seed or where it is told to.
 
 A fault's place is named by operation, object and how often that was asked before, so that a seed means the same faults
-whatever the threads do. It reads requests and answers whole; it knows nothing of what they mean.
+whatever the threads do. It can also hold one request for as long as it is told to. It reads requests and answers whole; it knows
+nothing of what they mean.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _SLOW_S = 0.5
 _UNIQUE = re.compile(r"^/[^/]*/[^/]*|[0-9a-f]{32}|(?<=-)[0-9a-f]{8}(?=\.)")
 """What differs between two runs of one test: account and container, unique names, a part's fingerprint (of etags, too)."""
 _ERROR_BODY = b'<?xml version="1.0" encoding="utf-8"?><Error><Code>%s</Code><Message>injected</Message></Error>'
+_IS_THERE = (409, 412)
+"""How a store refuses to create what is there already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,31 @@ class Answer:
     body: bytes
 
 
+class Hold:
+    """One request that is kept back: the first of its operation for an object with this in its name."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, operation: str, name: str) -> None:
+        self._loop, self._operation, self._name = loop, operation, name
+        self._freed = asyncio.Event()
+        self._fault: Fault | None = None
+        self.request: Request | None = None
+        """Once it came."""
+
+    def wants(self, request: Request) -> bool:
+        return request.operation == self._operation and self._name in urlsplit(request.target).path
+
+    def let_go(self, fault: Fault | None = None) -> None:
+        """It goes on to the store, or meets this fault."""
+        self._fault = fault
+        self._loop.call_soon_threadsafe(self._freed.set)
+
+    async def keep(self, request: Request) -> Fault | None:
+        """Until it is let go; the fault that it then meets."""
+        self.request = request
+        await self._freed.wait()
+        return self._fault
+
+
 class FaultyProxy:
     """Runs in a thread of its own. Its methods are safe from every thread."""
 
@@ -83,6 +111,9 @@ class FaultyProxy:
         self.faults: Counter[str] = Counter()
         """Done, by kind."""
         self.seen: list[Request] = []
+        self.found_there: list[str] = []
+        """Names of objects that somebody wanted to create, and the store had them already."""
+        self._hold: Hold | None = None
         self._loop = asyncio.new_event_loop()
         self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20))
         self.service = service.at(self._server.sockets[0].getsockname()[1])
@@ -100,6 +131,12 @@ class FaultyProxy:
         with self._lock:
             self._seed, self._rate, self._kinds, self._operations = seed, rate, tuple(kinds), frozenset(operations)
             self._asked.clear()
+
+    def hold(self, operation: str, name: str) -> Hold:
+        """The next request of that operation for an object with this in its name is kept back."""
+        with self._lock:
+            self._hold = Hold(self._loop, operation, name)
+            return self._hold
 
     def heal(self) -> None:
         """No more faults."""
@@ -141,12 +178,23 @@ class FaultyProxy:
             self.faults[fault] += 1
             return fault
 
+    def _kept(self, request: Request) -> Hold | None:
+        """The hold that wants this request."""
+        with self._lock:
+            hold = self._hold
+            if hold is None or not hold.wants(request):
+                return None
+            self._hold = None
+            return hold
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client's connection, and one of its own to the service."""
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         try:
             while (request := await _read_request(reader)) is not None:
                 fault = self._choose(request)
+                if (hold := self._kept(request)) is not None:
+                    fault = await hold.keep(request)
                 if fault == "reset_before":
                     _reset(writer)
                     return
@@ -154,11 +202,16 @@ class FaultyProxy:
                     writer.write(_refusal(request, fault))
                     await writer.drain()
                     continue
+                if upstream is not None and upstream[0].at_eof():  # the service closes connections that rest
+                    upstream[1].close()
+                    upstream = None
                 if upstream is None:
                     upstream = await asyncio.open_connection(*self._upstream, limit=1 << 20)
                 upstream[1].write(request.raw)
                 await upstream[1].drain()
                 answer = await _read_answer(upstream[0], request.method)
+                if request.operation == "Put Blob" and answer.status in _IS_THERE:
+                    self.found_there.append(urlsplit(request.target).path.rsplit("/", 1)[-1])
                 if fault == "reset_after":
                     _reset(writer)
                     return

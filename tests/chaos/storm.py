@@ -4,6 +4,7 @@
     python -m tests.chaos.storm --faults 300 --seed 1 --store azurite --json storm.json
     python -m tests.chaos.storm --faults 100 --seed 1 --store azurite --cluster address
     python -m tests.chaos.storm --faults 20 --seed 1 --engine vllm --kinds SIGKILL
+    python -m tests.chaos.storm --faults 20 --seed 1 --store azurite --engine vllm --engine-process
 
 With `--cluster address` the scheduler and the nodes are processes of their own, over TLS, that serve one job after the other; a
 blow may hit them, too, and they are started again as a service manager would.
@@ -11,6 +12,10 @@ blow may hit them, too, and they are started again as a service manager would.
 Each job is a `tokenmill run`, started again until it says that it is complete. Then the independent checker reads every row,
 `tokenmill verify` proves the output, and the history of its parts shows whether one changed or went after it was seen. Prints
 what was done and what was found; ends with 1 where a row was lost, doubled, foreign or changed, or a process hung.
+
+Overtaken units are those that a replica came to, or came to commit, when another one's part was there: zombies that woke late, and
+drivers beside each other. They are counted as far as drivers lived to say so in status.json.
+With `--engine-process` vLLM's engine core has a process of its own, as on GPUs, which a blow may hit as well.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import glob
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -42,8 +48,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import storage
 from pipeline.flight import Flight
 from pipeline.flight import read_flight
+from pipeline.hardware import profile_text
+from schemas import layout
 from tests.chaos.checker import History
 from tests.chaos.checker import check
 from tests.chaos.nemesis import KINDS
@@ -58,9 +67,11 @@ _BAD_EVERY = 41
 """Every so many rows, one without a prompt: an error row that is known beforehand, among which an undeserved one shows."""
 _ORPHANS_PATIENCE_S = 40.0
 _LOOK_EVERY_S = 0.2
+_STATUS_EVERY_S = 0.5
 _MAX_STARTS = 40
 _EARLY, _EARLY_S = 0.2, 6.0
 """How often a start is struck before its first commit, and in which time."""
+_DONE_AT_START = re.compile(r"begun by an earlier run: (\d+) of")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +108,8 @@ class Figures:
     """Rows that engines finished, as their flight records say."""
     rows_cut: int = 0
     """Rows that were inside engines when those ended."""
+    overtaken_units: int = 0
+    """race_lost or already: see above."""
     damage: Counter[str] = field(default_factory=Counter)
     recovery_s: list[float] = field(default_factory=list)
     """From a fault to the next commit of its job."""
@@ -121,6 +134,7 @@ class Figures:
             **{name: self.damage.get(name, 0) for name in ("lost", "doubled", "foreign", "changed", "misplaced", "changed_after_commit")},
             "other_damage": {name: count for name, count in self.damage.items() if name not in _NAMED_DAMAGE},
             "recovery_s": {"p50": _percentile(self.recovery_s, 0.5), "p99": _percentile(self.recovery_s, 0.99), "of": len(self.recovery_s)},
+            "overtaken_units": self.overtaken_units,
             "rows_generated": self.rows_generated,
             "rows_cut_off": self.rows_cut,
             "share_repeated": round(self._repeated / max(1, self.rows - self.error_rows), 4),
@@ -155,11 +169,28 @@ def _rule_of_three(trials: int) -> float:
     return round(3 / max(1, trials), 5)
 
 
+def overtaken_units(said: dict[str, Any], *, done_at_start: int) -> int:
+    """Out of a driver's status.json: units done that were not when its run began, and that are not of its own making."""
+    return int(said["units_done"]) - int(said["account"]["units"]) - done_at_start
+
+
 class Storm:
     """One store, one engine, one seed."""
 
-    def __init__(self, root: str, folder: Path, *, engine: str, seed: int, out: Console, kinds: Sequence[Kind] = KINDS) -> None:
+    def __init__(
+        self,
+        root: str,
+        folder: Path,
+        *,
+        engine: str,
+        seed: int,
+        out: Console,
+        kinds: Sequence[Kind] = KINDS,
+        profile: Path | None = None,
+    ) -> None:
+        """`profile`: the engines' own, where it is not the one that this machine gets."""
         self._root, self._folder, self._engine, self._out, self._kinds = root, folder, engine, out, kinds
+        self._profile = {} if profile is None else {"profile": str(profile)}
         self._moments = random.Random(seed)
         self._pace = PACES[engine]
         self._model = build_tiny_model(folder / "model")
@@ -170,7 +201,7 @@ class Storm:
 
     def open_site(self, num_nodes: int) -> None:
         """From now on jobs use a cluster of nodes instead of processes of their own."""
-        sections = {"model": str(self._model), "engine": {"kind": self._engine, "options": self._options()}}
+        sections = {"model": str(self._model), "engine": {"kind": self._engine, "options": self._options(), **self._profile}}
         with _environment(TMPDIR=str(self._scratch)):
             self._site = Site(self._folder, f"{self._root}/rendezvous", sections, num_nodes)
 
@@ -197,7 +228,7 @@ class Storm:
         rows = self._moments.randint(*self._pace.rows)
         bad = self._write_input(input_uri, rows)
         self._write_job(folder, input_uri, out_uri)
-        chase = _Chase(folder, self._scratch, self._site, self._pace, self._moments, num_faults, self._kinds)
+        chase = _Chase(folder, out_uri, self._scratch, self._site, self._pace, self._moments, num_faults, self._kinds)
         try:
             with History(out_uri).watch(_LOOK_EVERY_S) as history:
                 chase.run(history)
@@ -221,7 +252,7 @@ class Storm:
             "input": {"uri": input_uri, "prompt": "prompt"},
             "output": {"uri": out_uri},
             "sampling": {"max_tokens": self._pace.max_tokens, "ignore_eos": True},
-            "engine": {"kind": self._engine, "options": self._options()},
+            "engine": {"kind": self._engine, "options": self._options(), **self._profile},
             "cluster": self._site.cluster if self._site else {"kind": "local", "replicas": self._moments.randint(*self._pace.replicas)},
         }
         (folder / "job.yaml").write_text(yaml.safe_dump(job))
@@ -241,6 +272,7 @@ class Storm:
         figures.undeserved_errors += max(0, found.error_rows - bad)
         figures.rows_generated += chase.rows_generated
         figures.rows_cut += chase.rows_cut
+        figures.overtaken_units += chase.overtaken_units
         figures.damage.update(found.damage)
         figures.damage.update({"changed_after_commit": len(history.changed) + len(history.vanished)} if not history.fine else {})
         figures.exit_codes.update(chase.exit_codes)
@@ -266,6 +298,7 @@ class _Chase:
     def __init__(
         self,
         folder: Path,
+        out_uri: str,
         scratch: Path,
         site: Site | None,
         pace: Pace,
@@ -273,10 +306,12 @@ class _Chase:
         num_faults: int,
         kinds: Sequence[Kind],
     ) -> None:
-        self.folder, self._scratch, self._site = folder, scratch, site
+        self.folder, self._out_uri, self._scratch, self._site = folder, out_uri, scratch, site
         self._pace, self._moments, self._num_faults = pace, moments, num_faults
         self._drivers: list[Running] = []
         self._flights: dict[Path, Flight] = {}
+        self._overtaken: dict[int, int] = {}  # by the driver's process
+        self._next_status = 0.0
         self.rows_generated = self.rows_cut = 0
         self._read_flights()  # what was before does not count
         self.nemesis = Nemesis(self._roots, moments, kinds)
@@ -297,6 +332,9 @@ class _Chase:
                 with _environment(TMPDIR=str(self._scratch)):
                     self._site.keep()
             self._read_flights()
+            if now >= self._next_status:
+                self._next_status = now + _STATUS_EVERY_S
+                self._read_status()
             self._take_ended()
             if not self._drivers and not self.exit_codes[0]:
                 self._start()
@@ -348,11 +386,29 @@ class _Chase:
             self._drivers.append(Running(self.folder, "run", "job.yaml"))
 
     def _take_ended(self) -> None:
-        for driver in [driver for driver in self._drivers if driver.process.poll() is not None]:
+        ended = [driver for driver in self._drivers if driver.process.poll() is not None]
+        if ended:
+            self._read_status()  # its last word
+        for driver in ended:
             self._drivers.remove(driver)
             self.exit_codes[driver.process.returncode] += 1
             if "Traceback" in driver.stderr:
                 self.troubles.append(f"a traceback (exit code {driver.process.returncode}):\n{driver.stderr[-3000:]}")
+
+    @property
+    def overtaken_units(self) -> int:
+        return sum(self._overtaken.values())
+
+    def _read_status(self) -> None:
+        """Of the driver that spoke last."""
+        try:
+            said = json.loads(storage.read_bytes(storage.join(self._out_uri, layout.STATUS)))
+            for driver in self._drivers:
+                if driver.process.pid == said["pid"]:
+                    begun = _DONE_AT_START.search(driver.stderr)
+                    self._overtaken[said["pid"]] = overtaken_units(said, done_at_start=int(begun[1]) if begun else 0)
+        except (OSError, ValueError, KeyError):  # nobody has spoken yet, or no account was to be had
+            return
 
     def _read_flights(self) -> None:
         """Rows finished by every engine that ever ran here; a record that starts again is a new engine's."""
@@ -402,6 +458,15 @@ def open_store(kind: str, folder: Path) -> Iterator[str]:
         yield f"az://{service.new_container('storm')}"
 
 
+def engine_process_profile(folder: Path) -> Path:
+    """The CPU's own profile, but that vLLM's engine core has a process of its own."""
+    profile = yaml.safe_load(profile_text("local-cpu"))
+    profile["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    path = folder / "engine-process.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    return path
+
+
 def show(figures: dict[str, Any], out: Console) -> None:
     table = Table(show_header=False)
     for name, value in figures.items():
@@ -418,10 +483,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cluster", choices=["local", "address"], default="local")
     parser.add_argument("--nodes", type=int, default=2, help="with --cluster address")
     parser.add_argument("--engine", choices=sorted(PACES), default="simulated")
+    parser.add_argument("--engine-process", action="store_true", help="with --engine vllm: its core in a process of its own")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder, and leave it")
     asked = parser.parse_args(arguments)
+    if asked.engine_process and asked.engine != "vllm":
+        parser.error("--engine-process: only vllm has an engine core; give --engine vllm")
     seed = random.SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
     out = Console(soft_wrap=True)
     with contextlib.ExitStack() as stack:
@@ -429,7 +497,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_environment(TOKENMILL_CACHE=str(folder / "cache")))
         root = stack.enter_context(open_store(asked.store, folder))
-        storm = Storm(root, folder, engine=asked.engine, seed=seed, out=out, kinds=asked.kinds)
+        profile = engine_process_profile(folder) if asked.engine_process else None
+        storm = Storm(root, folder, engine=asked.engine, seed=seed, out=out, kinds=asked.kinds, profile=profile)
         stack.callback(storm.close)
         hung = ""
         try:
