@@ -19,7 +19,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEADER = struct.Struct("<dqq")  # monotonic seconds of the last step (one clock for all processes of a machine), steps, rows finished
+_HEADER = struct.Struct("<dqq")  # monotonic seconds of the last move (one clock for all processes of a machine), moves, rows finished
 _SLOT = struct.Struct("<qq")  # number of the tag, from 1; position in the input table. All zero: empty
 _TAGS = ".tags.json"
 
@@ -38,8 +38,9 @@ class Flight:
     """What was in an engine at one moment."""
 
     moved_at: float
-    """Monotonic seconds of its last step, or of the first row after a rest."""
+    """Monotonic seconds of when a row last came in or out, or a token more was counted."""
     steps: int
+    """Those that moved something."""
     rows_finished: int
     """Since the engine came up."""
     rows: Mapping[Tag, frozenset[int]]
@@ -51,12 +52,12 @@ class Flight:
 
 
 def is_hung(flight: Flight, *, now: float, silence_s: float) -> bool:
-    """Whether rows are inside and no step has ended for so long."""
+    """Whether rows are inside and for so long none came in or out, and none got a token, whatever steps were made."""
     return flight.num_rows > 0 and now - flight.moved_at > silence_s
 
 
 class FlightRecorder:
-    """Writes the record. Rows and steps come from one thread, tags from any."""
+    """Writes the record. Rows and moves come from one thread, tags from any."""
 
     def __init__(self, path: Path, num_slots: int) -> None:
         """Rows beyond `num_slots` at a time are not recorded. Raises OSError where the disk is full."""
@@ -100,7 +101,7 @@ class FlightRecorder:
             self._free.append(slot)
 
     def moved(self) -> None:
-        """A step ended, or a rest did."""
+        """Rows came in or out, or tokens were made."""
         self._steps += 1
         _HEADER.pack_into(self._map, 0, time.monotonic(), self._steps, self._finished)
 

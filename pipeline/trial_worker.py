@@ -30,6 +30,7 @@ from pipeline.worker import end_with_parent
 from pipeline.worker import start_reaper
 from schemas.errors import EngineError
 from schemas.errors import TokenmillError
+from schemas.prompts import RowError
 from schemas.sampling import Sampling
 
 
@@ -113,7 +114,7 @@ def drive(
     began = ended = time.monotonic()
     next_tick = began + (tick_s or 0.0)
     for key, request in zip(keys, requests, strict=False):
-        if error := core.add(key, request):
+        if isinstance(error := core.add(key, request), RowError):
             raise EngineError(f"row {request.position}: {error.message}")
         waiting[key] = request
     while core.busy and not asked_to_stop() and (stop_after_s is None or ended < began + stop_after_s):

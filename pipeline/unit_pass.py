@@ -139,7 +139,17 @@ class Pass:
             if self._trial is not None:
                 item = replace(item, ordered=False)  # what is tried is this row, not one like it
             begun = self._history.begun.get(position, ())
-            chunk.requests[row] = replace(item, begun=begun) if begun and may_go_on(item.sampling) else item
+            chunk.requests[row] = resumed(item, begun, self.tools.engine.info.max_model_len)
+
+
+def resumed(request: Request, begun: tuple[int, ...], max_model_len: int) -> Request:
+    """The request from tokens that an earlier attempt saved, where that is exact.
+
+    Engines refuse a row that has nothing left to make, and the earlier engine's context may have been longer than this one's: one
+    token at least is left.
+    """
+    room = min(request.sampling.max_tokens, max_model_len - len(request.token_ids))
+    return replace(request, begun=begun[: room - 1]) if begun and may_go_on(request.sampling) else request
 
 
 def _deliver(chunks: deque[Chunk], generation: Generation) -> Request:

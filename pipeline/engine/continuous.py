@@ -20,6 +20,7 @@ from pipeline.engine.engine import EngineCounters
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.engine.engine import as_generation
 from pipeline.engine.engine import generated_tokens
 from pipeline.engine.ledger import Ledger
 from pipeline.feed import Feed
@@ -134,9 +135,13 @@ class ContinuousEngine:
         self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._keys = itertools.count()
         self._waiting: dict[int, _Admitted] = {}
+        self._ready: list[tuple[int, Generation]] = []
+        """Answers that were known, or refused, on arrival."""
         self._dead: EngineDead | None = None
         self._door = threading.Lock()  # between the last message that is taken in and the engine's end
         self._rows = self._prompt_tokens = self._completion_tokens = 0
+        self._made = (0, 0)
+        """Rows and tokens when the flight record last moved."""
         self._feed = feed or Feed()
         self._spawned_at = time.monotonic() if spawned_at is None else spawned_at
         self._ledger: Ledger
@@ -294,9 +299,11 @@ class ContinuousEngine:
         idle, admitting = not core.busy, False
         while True:
             try:
-                message = self._inbox.get(timeout=_IDLE_POLL_S) if idle and not core.busy else self._inbox.get_nowait()
+                message = self._inbox.get(timeout=_IDLE_POLL_S) if idle and not (core.busy or self._ready) else self._inbox.get_nowait()
             except queue.Empty:
                 break
+            if not isinstance(message, _Admitted):
+                self._hand_on()
             if message is None:
                 return False
             if isinstance(message, _Evict):
@@ -315,18 +322,35 @@ class ContinuousEngine:
                     if idle:
                         self._recorder.moved()
                     self._slots[message.key] = self._recorder.enter(message.tag, message.request.position)
-                error = core.add(message.key, message.request)
-                if error is not None:
-                    self._finish(message.key, Generation(position=message.request.position, error=error))
+                outcome = core.add(message.key, message.request)
+                if outcome is not None:
+                    self._ready.append((message.key, as_generation(message.request, outcome)))
+        self._hand_on()
         if admitting:
             self._ledger.advance(time.monotonic(), core.num_rows, core.tokens_inside)
         if core.busy:
             for key, generation in core.step():
                 self._finish(key, generation)
-            if self._recorder is not None:
-                self._recorder.moved()
         self._ledger.advance(time.monotonic(), core.num_rows, core.tokens_inside)
+        self._note_progress(admitting)
         return True
+
+    def _hand_on(self) -> None:
+        """What needs no step. Not as it comes: room that is free at once could fill as fast, and the core would never make its step."""
+        for key, generation in self._ready:
+            self._finish(key, generation)
+        self._ready.clear()
+
+    def _note_progress(self, admitted: bool) -> None:
+        """The record moves with rows and tokens, not with steps, of which an engine that spins makes many.
+
+        The ledger counts tokens every second or so. While nothing but a long prompt is prefilled, none is made: that may take as long
+        as a silence.
+        """
+        made = self._rows, self._ledger.generated_tokens
+        if self._recorder is not None and (admitted or made != self._made):
+            self._recorder.moved()
+        self._made = made
 
     def _finish(self, key: int, generation: Generation) -> None:
         admitted = self._waiting.pop(key, None)

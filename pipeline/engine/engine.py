@@ -99,6 +99,11 @@ def may_go_on(sampling: Sampling) -> bool:
     )
 
 
+def as_generation(request: Request, outcome: RowError | Generation) -> Generation:
+    """What came of a request that a core did not take in."""
+    return outcome if isinstance(outcome, Generation) else Generation(position=request.position, error=outcome)
+
+
 def generated_tokens(request: Request, generation: Generation) -> int:
     """Output tokens that this engine made for a row; those it had begun with were made by an earlier one."""
     if generation.copied:
@@ -144,8 +149,8 @@ class Core(Protocol):
         """Rows that are being generated or wait for it, without those that will be copied from them."""
         ...
 
-    def add(self, key: int, request: Request) -> RowError | None:
-        """Take a request in, or say why it cannot be done."""
+    def add(self, key: int, request: Request) -> RowError | Generation | None:
+        """Take a request in. Or keep nothing of it, and say why it cannot be done, or its answer where that is known."""
         ...
 
     def abort(self, key: int) -> None:

@@ -101,6 +101,11 @@ class Ledger:
         """Rows left unanswered, with so many tokens."""
         self._done_tokens += generated_tokens
 
+    @property
+    def generated_tokens(self) -> int:
+        """All that was made here, as far as it was counted."""
+        return max(self._seen_tokens, self._done_tokens)
+
     def stop(self, now: float) -> None:
         """The engine died: no second after this is its own."""
         self._stopped_at = now
@@ -114,7 +119,7 @@ class Ledger:
         now = now if self._stopped_at is None else min(now, self._stopped_at)
         seconds = self._seconds
         seconds = seconds.until(now, self._blocked_s(now))
-        generated = max(self._seen_tokens, self._done_tokens)
+        generated = self.generated_tokens
         return Reading(
             engine=self._engine,
             age_s=self._start_s + seconds.since - self._up_at,

@@ -15,9 +15,9 @@ from pipeline.engine.engine import Core
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.engine.engine import as_generation
 from pipeline.engine.engine import may_go_on
 from pipeline.engine.order import Shelf
-from schemas.prompts import RowError
 
 _RESERVE_SHARE = 8
 """The core holds an eighth of its batch more than fits, so that freed places are taken within its step."""
@@ -42,7 +42,6 @@ class OrderedCore:
         self._answer_keys: dict[int, bytes] = {}
         self._leaders: dict[bytes, int] = {}
         self._inside: set[int] = set()
-        self._known: list[tuple[int, Generation]] = []
 
     @property
     def info(self) -> EngineInfo:
@@ -50,19 +49,18 @@ class OrderedCore:
 
     @property
     def busy(self) -> bool:
-        return bool(self._owners or self._known)
+        return bool(self._owners)
 
     @property
     def num_rows(self) -> int:
         return len(self._owners)
 
-    def add(self, key: int, request: Request) -> RowError | None:
+    def add(self, key: int, request: Request) -> Generation | None:
         answer_to = answer_key(request) if request.ordered else None
         if answer_to is not None:
             choices = self._answers.get(answer_to)
             if choices is not None:
-                self._known.append((key, Generation(position=request.position, choices=choices, copied=True)))
-                return None
+                return Generation(position=request.position, choices=choices, copied=True)
             leader = self._leaders.get(answer_to)
             if leader is not None:
                 self._owners[leader].append((key, request))
@@ -79,7 +77,6 @@ class OrderedCore:
     def abort(self, key: int) -> None:
         leader = self._leader.pop(key, None)
         if leader is None:
-            self._known = [item for item in self._known if item[0] != key]
             return
         self._owners[leader] = [owner for owner in self._owners[leader] if owner[0] != key]
         if not self._owners[leader]:
@@ -88,9 +85,7 @@ class OrderedCore:
             self._forget(leader)
 
     def begun(self, key: int) -> list[int]:
-        leader = self._leader.get(key)
-        if leader is None:  # answered, and not yet handed out
-            return next((list(known.choices[0].token_ids) for one, known in self._known if one == key and len(known.choices) == 1), [])
+        leader = self._leader[key]
         if leader in self._inside:
             return self.bare.begun(leader)
         request = self._owners[leader][0][1]
@@ -100,8 +95,7 @@ class OrderedCore:
         return self.bare.tokens_inside()
 
     def step(self) -> list[tuple[int, Generation]]:
-        finished, self._known = self._known, []
-        finished += self._feed()
+        finished = self._feed()
         if self.bare.busy:
             for leader, generation in self.bare.step():
                 finished += self._answered(leader, generation)
@@ -112,8 +106,8 @@ class OrderedCore:
         self.bare.close()
 
     def _feed(self) -> list[tuple[int, Generation]]:
-        """Give the core what it has room for; rows that it refuses are done."""
-        refused = []
+        """Give the core what it has room for; rows that it does not take in are done."""
+        answered = []
         while len(self._inside) < self._room and (self._plain or self._shelf):
             if self._plain:
                 key = self._plain.popleft()
@@ -123,10 +117,10 @@ class OrderedCore:
             else:
                 key, request = self._shelf.take()
             self._inside.add(key)
-            error = self.bare.add(key, request)
-            if error is not None:
-                refused += self._answered(key, Generation(position=request.position, error=error))
-        return refused
+            outcome = self.bare.add(key, request)
+            if outcome is not None:
+                answered += self._answered(key, as_generation(request, outcome))
+        return answered
 
     def _answered(self, leader: int, generation: Generation) -> list[tuple[int, Generation]]:
         if leader not in self._owners:
@@ -135,9 +129,7 @@ class OrderedCore:
             self._answers.put(answer_to, generation.choices)
         owners = self._owners[leader]
         copied = replace(generation, copied=generation.error is None, cached_prompt_tokens=0)
-        out = [
-            (key, replace(copied if number else generation, position=request.position)) for number, (key, request) in enumerate(owners)
-        ]
+        out = [(key, replace(copied if number else generation, position=request.position)) for number, (key, request) in enumerate(owners)]
         for key, _ in owners:
             self._leader.pop(key, None)
         self._forget(leader)

@@ -34,6 +34,7 @@ from pipeline.segments import folder_of
 from pipeline.segments import record_death
 from pipeline.tools import Tools
 from pipeline.unit import run_unit
+from pipeline.unit_pass import resumed
 from schemas import layout
 from schemas.errors import EngineDead
 from schemas.errors import EngineEvicted
@@ -46,6 +47,7 @@ from schemas.manifest import UnitReport
 from schemas.prompts import RowError
 from schemas.record import JobRecord
 from schemas.record import encode_schema
+from schemas.sampling import Sampling
 from schemas.unit import RowRange
 from schemas.unit import WorkUnit
 
@@ -535,6 +537,13 @@ def test_a_row_in_mid_generation_goes_on_from_its_tokens_where_that_is_exact(
     second = SmallEngine(shuffled)
     run_unit(unit, str(out), tools_for(job, table.schema, second))
     assert {request.position: request.begun for request in second.asked} == {0: tuple(HI), 1: (), 2: ()}
+
+
+@pytest.mark.parametrize(("begun", "max_model_len", "kept"), [(3, 100, 3), (7, 100, 7), (8, 100, 7), (9, 100, 7), (6, 15, 4), (6, 11, 0)])
+def test_a_row_never_goes_on_from_all_that_it_may_become(begun: int, max_model_len: int, kept: int) -> None:
+    """8 tokens are asked for, behind a prompt of 10."""
+    request = Request(position=0, token_ids=list(range(10)), sampling=Sampling(max_tokens=8, temperature=0))
+    assert resumed(request, tuple(range(begun)), max_model_len).begun == tuple(range(kept))
 
 
 def test_rows_finished_before_an_engine_died_are_saved_too(write_table: WriteTable, job: JobSpec, out: Path) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.engine.answers import Answers
 from pipeline.engine.continuous import ContinuousEngine
 from pipeline.engine.engine import Core
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
+from pipeline.engine.ordered import OrderedCore
 from pipeline.engine.simulated import SimulatedCore
 from pipeline.flight import Tag
 from pipeline.flight import read_flight
@@ -27,6 +29,7 @@ from schemas.errors import EngineStartError
 from schemas.job import SimulatedOptions
 from schemas.prompts import RowError
 from schemas.sampling import Sampling
+from tests.commands import wait_until
 
 # The owner thread raises what killed its core, for the log's sake; pytest turns that into a warning.
 dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -129,6 +132,39 @@ class PickyCore(SmallCore):
                 del self.held[key]
                 return [(key, Generation(position=request.position, choices=(GeneratedChoice(token_ids=[1], finish_reason="stop"),)))]
         self.all_may_go.wait(0.01)
+        return []
+
+
+class HaltingCore(SmallCore):
+    """Stays in its step while it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halted, self.may_go = threading.Event(), threading.Event()
+        self.may_go.set()
+
+    def step(self) -> list[tuple[int, Generation]]:
+        if self.may_go.is_set():
+            return super().step()
+        self.halted.set()
+        self.may_go.wait(PATIENCE_S)
+        return []
+
+
+class SpinningCore(SmallCore):
+    """Makes steps without end, and tokens once it is told to, but never answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = self.tokens = 0
+        self.makes_tokens = threading.Event()
+
+    def tokens_inside(self) -> int:
+        return self.tokens
+
+    def step(self) -> list[tuple[int, Generation]]:
+        self.steps += 1
+        self.tokens += self.makes_tokens.is_set()
         return []
 
 
@@ -302,7 +338,7 @@ def test_room_that_others_free_is_taken_while_a_callers_own_rows_are_still_insid
     def release() -> bool:
         assert core.both.acquire(timeout=PATIENCE_S)
         core.first_may_go.set()
-        came_in = core.another.wait(2)
+        came_in = core.another.wait(PATIENCE_S)
         core.all_may_go.set()
         return came_in
 
@@ -476,7 +512,7 @@ def test_a_request_that_arrives_as_the_core_dies_is_not_waited_for(start: Start)
     late.start()
     assert looked.wait(PATIENCE_S)
     assert isinstance(outcome_of(lambda: list(engine.generate([ask(1)]))), EngineDead)
-    late.join(3)
+    late.join(PATIENCE_S)
     assert [type(outcome) for outcome in outcomes] == [EngineDead]
 
 
@@ -533,7 +569,7 @@ def test_a_closed_engine_refuses_callers_rather_than_letting_them_wait() -> None
     outcomes: list[Any] = []
     thread = threading.Thread(target=lambda: outcomes.append(outcome_of(lambda: list(engine.generate([ask(1)])))), daemon=True)
     thread.start()
-    thread.join(2)
+    thread.join(PATIENCE_S)
     assert outcomes, "the caller hangs"
     assert isinstance(outcomes[0], EngineError)
 
@@ -546,7 +582,7 @@ def test_closing_wakes_callers_whose_rows_are_inside() -> None:
     thread.start()
     assert core.took.acquire(timeout=PATIENCE_S)
     engine.close()
-    thread.join(2)
+    thread.join(PATIENCE_S)
     assert outcomes, "the caller hangs"
     assert isinstance(outcomes[0], EngineError)
 
@@ -601,6 +637,33 @@ def test_each_caller_of_an_evicted_engine_hears_of_its_own_rows_and_none_hangs(s
     assert len(first.begun) + len(second.begun) == 8
 
 
+def test_a_copy_that_comes_in_with_the_order_to_leave_is_finished_not_begun(start: Start) -> None:
+    core = HaltingCore()
+    engine = start(OrderedCore(core, Answers()))
+
+    def greedy(position: int, token: int) -> Request:
+        return Request(position=position, token_ids=[token], sampling=Sampling(max_tokens=2, temperature=0), ordered=True)
+
+    assert positions(engine.generate([greedy(1, 5)])) == [1]
+    core.may_go.clear()
+
+    def copy() -> list[Generation]:
+        assert core.halted.wait(PATIENCE_S)
+        return list(engine.generate([greedy(3, 5)]))
+
+    def evict() -> None:
+        assert core.halted.wait(PATIENCE_S)
+        wait_until(lambda: engine._inbox.qsize(), "the copy to be sent")
+        engine.evict()
+        core.may_go.set()
+
+    begun, copied, _ = in_threads(lambda: list(engine.generate([greedy(2, 6)])), copy, evict)
+    assert isinstance(begun, EngineEvicted)
+    assert begun.begun == {2: [9, 9, 9]}
+    choice = GeneratedChoice(token_ids=[1, 2], finish_reason="stop")
+    assert copied == [Generation(position=3, choices=(choice,), copied=True)]
+
+
 def test_rows_that_are_to_be_alone_wait_for_the_others_and_the_others_for_them(start: Start) -> None:
     core = SmallCore(max_num_seqs=4, ready=False)
     engine = start(core)
@@ -644,6 +707,29 @@ def test_what_is_inside_is_recorded_while_it_is_inside(start: Start, tmp_path: P
     assert found is not None
     assert (found.rows, found.rows_finished) == ({}, 3)
     assert found.steps > 0
+
+
+def test_an_engine_that_makes_steps_but_no_tokens_does_not_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.engine.ledger._LOOK_EVERY_S", 0.0)
+    core, path = SpinningCore(), tmp_path / "flight"
+    engine = ContinuousEngine(lambda: core, flight_path=path)
+    caller = threading.Thread(target=lambda: outcome_of(lambda: list(engine.generate([ask(1)], tag=TAG))), daemon=True)
+    caller.start()
+    wait_until(lambda: core.steps > 1, "the row to be in")
+    before, steps = read_flight(path), core.steps
+    assert before is not None
+    assert before.num_rows == 1
+    wait_until(lambda: core.steps > steps + 100, "more steps")
+    assert read_flight(path) == before
+    core.makes_tokens.set()
+
+    def moved() -> bool:
+        now = read_flight(path)
+        return now is not None and now.moved_at > before.moved_at and now.steps > before.steps
+
+    wait_until(moved, "a token to be recorded")
+    engine.close()
+    caller.join(PATIENCE_S)
 
 
 @dies

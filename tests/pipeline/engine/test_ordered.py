@@ -71,9 +71,8 @@ def request(position: int, *token_ids: int, max_tokens: int = 8, ordered: bool =
 
 def made(core: OrderedCore, *requests: Request) -> dict[int, Generation]:
     """Add all under their positions and run to the end."""
-    for one in requests:
-        assert core.add(one.position, one) is None
-    return finish(core)
+    known = {one.position: generation for one in requests if (generation := core.add(one.position, one)) is not None}
+    return {**known, **finish(core)}
 
 
 def finish(core: OrderedCore) -> dict[int, Generation]:
@@ -191,8 +190,16 @@ def test_tokens_so_far_are_known_of_every_row() -> None:
     for one in (request(1, 3, 4), request(2, 5, 6), request(3, 5, 6), request(4, 7), request(5, 8), request(6, 9)):
         core.add(one.position, one)
     core.step()  # 1 is answered, 2 (and with it 3) and 4 are inside
-    core.add(7, request(7, 1, 2))
-    assert [core.begun(key) for key in (2, 3, 5, 6, 7)] == [[6], [6], [], [], [2, 1]]
+    assert [core.begun(key) for key in (2, 3, 5, 6)] == [[6], [6], [], []]
+
+
+def test_a_row_whose_answer_is_known_is_finished_and_never_begun() -> None:
+    """Going on from a whole answer, an engine would refuse it, or go past its end."""
+    core = OrderedCore(Bench(), Answers())
+    made(core, request(0, 1, 2))
+    choice = GeneratedChoice(token_ids=[2, 1], finish_reason="stop")
+    assert core.add(1, request(1, 1, 2)) == Generation(position=1, choices=(choice,), copied=True)
+    assert not core.busy
 
 
 @given(
@@ -207,7 +214,10 @@ def test_every_row_is_answered_once_with_its_own_answer(
     counts: Counter[int] = Counter()
     gone: set[int] = set()
     for key, (token, max_tokens, ordered, step) in enumerate(rows):
-        core.add(key, request(key, token, 50, max_tokens=max_tokens, ordered=ordered))
+        known = core.add(key, request(key, token, 50, max_tokens=max_tokens, ordered=ordered))
+        if known is not None:
+            assert ids(known) == [50, token]
+            counts[key] += 1
         if step:
             for answered, generation in core.step():
                 assert ids(generation) == [50, rows[answered][0]]
