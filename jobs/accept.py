@@ -228,9 +228,18 @@ def store(accepted: Accepted) -> Accepted:
     plan = load_plan(out_uri)
     if plan is None or plan.digest != accepted.plan.digest:
         raise JobError(f"output.uri: {layout.PLAN} in {out_uri} is not the plan that {layout.JOB} names; give this job another output")
-    if accepted.todo:  # of an earlier run, whose parts were lost since
-        storage.remove(storage.join(out_uri, layout.SUCCESS))
+    success = storage.join(out_uri, layout.SUCCESS)
+    # Of an earlier run, whose parts were lost since. All is looked at again, the parts last: another driver may have completed the job
+    # since this one was accepted.
+    if accepted.todo and storage.exists(success) and _incomplete(accepted):
+        storage.remove(success)
     return accepted
+
+
+def _incomplete(accepted: Accepted) -> bool:
+    """Whether a unit has no part now."""
+    done = committed_units(accepted.out_uri, accepted.record.fingerprint)
+    return any(unit.index not in done for unit in accepted.plan.units)
 
 
 def load_record(out_uri: str) -> JobRecord | None:

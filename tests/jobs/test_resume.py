@@ -288,6 +288,26 @@ def test_two_jobs_that_begin_one_output_at_once_do_not_mix(make_job: MakeJob, wr
     assert store(first) is first
 
 
+def test_a_driver_that_wakes_late_leaves_a_job_closed_that_another_one_completed(
+    make_job: MakeJob, write_table: WriteTable, tmp_path: Path
+) -> None:
+    """It was accepted before, and is killed right after; nobody else would close the job again."""
+    write_table(questions(40))
+    late = accept(make_job())
+    assert quiet(make_job()).state == "complete"
+    store(late)
+    assert (tmp_path / "out" / layout.SUCCESS).exists()
+    assert verify(str(tmp_path / "out")).complete
+
+
+def test_a_job_whose_part_was_lost_is_not_closed_any_more(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    write_table(questions(40))
+    quiet(make_job())
+    sorted((tmp_path / "out").glob("part-*.parquet"))[1].unlink()
+    store(accept(make_job()))
+    assert not (tmp_path / "out" / layout.SUCCESS).exists()
+
+
 def test_the_order_of_rows_is_the_inputs_over_many_files(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
     first = 0
     for number, count in enumerate([1, 50, 3, 0, 17, 120, 1, 1, 9]):
