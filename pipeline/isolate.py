@@ -2,7 +2,8 @@
 
 A row that was inside two engines when they died is a suspect. First everything else is finished; then the suspects run with nobody
 else in the engine, and each time that it dies the smallest set that killed one is halved. A row that was alone in two dying
-engines is guilty: once may have been the machine's fault. Rows that come through are innocent, whatever they were inside of.
+engines is guilty: once may have been the machine's fault. Of engines that somebody killed, as the system does where memory runs out,
+it takes four. Rows that come through are innocent, whatever they were inside of.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _SUSPECT_AFTER = 2
-_PROOFS = 2
+_GUILTY_FROM = 4
+"""What the deaths that a row was alone in have to weigh together."""
+_OWN_WEIGHT, _KILLED_WEIGHT = 2, 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,8 @@ class Death:
     """Rows of other units that were inside with them."""
     how: str
     """What is known of the end, without a word of any prompt."""
+    killed: bool = False
+    """Whether its process got SIGKILL from somebody else than its supervisor. Any other end is the engine's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +44,17 @@ class Trial:
 
 def guilty(deaths: Sequence[Death]) -> dict[int, list[str]]:
     """Rows that are proven to kill engines, with how each of those that they were alone in ended."""
-    alone: dict[int, list[str]] = {}
+    alone: dict[int, list[Death]] = {}
     for death in deaths:
         if len(death.rows) == 1 and not death.others:
             (row,) = death.rows
-            alone.setdefault(row, []).append(death.how)
-    return {row: ends for row, ends in alone.items() if len(ends) >= _PROOFS}
+            alone.setdefault(row, []).append(death)
+    return {row: [death.how for death in ends] for row, ends in alone.items() if sum(map(_weight, ends)) >= _GUILTY_FROM}
+
+
+def _weight(death: Death) -> int:
+    """As evidence against the row that was alone in the engine."""
+    return _KILLED_WEIGHT if death.killed else _OWN_WEIGHT
 
 
 def next_trial(left: Collection[int], deaths: Sequence[Death]) -> Trial | None:

@@ -113,14 +113,11 @@ def save_segment(
     storage.create_once(storage.join(folder_of(out_uri, fingerprint, unit.index), name), buffer.getvalue())
 
 
-def record_death(flight: Flight, how: str) -> None:
+def record_death(flight: Flight, how: str, killed: bool = False) -> None:
     """Store, for each unit that had rows in an engine that died, which they were. Raises OSError."""
     for tag, rows in flight.rows.items():
-        said = {
-            "fingerprint": tag.fingerprint,
-            "unit": tag.unit,
-            "death": asdict(Death(rows=frozenset(), others=flight.num_rows - len(rows), how=how)) | {"rows": sorted(rows)},
-        }
+        death = Death(rows=frozenset(), others=flight.num_rows - len(rows), how=how, killed=killed)
+        said = {"fingerprint": tag.fingerprint, "unit": tag.unit, "death": asdict(death) | {"rows": sorted(rows)}}
         name = f"{uuid.uuid4().hex}{_DEATH_SUFFIX}"
         storage.create_once(storage.join(folder_of(tag.out_uri, tag.fingerprint, tag.unit), name), json.dumps(said).encode())
 
@@ -134,7 +131,10 @@ def remove_segments(unit: WorkUnit, out_uri: str, fingerprint: str, history: His
 def _read_death(data: bytes, unit: WorkUnit, fingerprint: str) -> Death | None:
     try:
         said = json.loads(data)
-        death = Death(rows=frozenset(said["death"]["rows"]), others=int(said["death"]["others"]), how=str(said["death"]["how"]))
+        told = said["death"]
+        death = Death(
+            rows=frozenset(told["rows"]), others=int(told["others"]), how=str(told["how"]), killed=bool(told.get("killed", False))
+        )
         ours = (said["fingerprint"], said["unit"]) == (fingerprint, unit.index) and all(unit.holds(row) for row in death.rows)
     except (ValueError, KeyError, TypeError):
         return None

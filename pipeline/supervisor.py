@@ -91,11 +91,11 @@ class Supervisor:
         *,
         max_loading: int,
         silence_s: float,
-        on_death: Callable[[Flight, str], None] = lambda _, __: None,
+        on_death: Callable[[Flight, str, bool], None] = lambda *_: None,
     ) -> None:
-        """At most `max_loading` load their engine at once. A ready one that has rows and makes no step for `silence_s` is ended.
+        """At most `max_loading` load their engine at once. A ready one that has rows and moves none for `silence_s` is ended.
 
-        `on_death` hears what was in an engine that died, and how; it may raise OSError.
+        `on_death` hears what was in an engine that died, how, and whether somebody else killed it; it may raise OSError.
         """
         self._slots = [_Slot(spec=spec) for spec in specs]
         self._max_loading, self._silence_s, self._on_death = max_loading, silence_s, on_death
@@ -220,7 +220,7 @@ class Supervisor:
         """End a replica whose engine hangs; from outside, for its own threads may hang with it."""
         flight = read_flight(slot.spec.config.flight_path) if slot.state == "ready" else None
         if flight is not None and is_hung(flight, now=time.monotonic(), silence_s=self._silence_s):
-            slot.message = f"its engine made no step for {self._silence_s:.0f} s with {flight.num_rows} rows in it"
+            slot.message = f"its engine made no step for {self._silence_s:.0f} s that gave any of its {flight.num_rows} rows a token"
             self._kill_group(slot)
 
     def _take_death(self, slot: _Slot, said: dict[str, Any], code: int) -> None:
@@ -241,7 +241,7 @@ class Supervisor:
         how = slot.message or f"its process ended with {exit_words(code)}"
         if flight is not None and flight.rows:
             try:
-                self._on_death(flight, how)
+                self._on_death(flight, how, code == -signal.SIGKILL and not slot.message)
             except OSError as error:
                 self._note(f"replica {slot.name}: which rows were in it could not be stored: {error}")
         calm = (flight is not None and flight.rows_finished > 0) or (slot.state == "ready" and time.monotonic() - slot.since > _STABLE_S)

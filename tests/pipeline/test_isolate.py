@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from pipeline.isolate import Death
 from pipeline.isolate import Trial
 from pipeline.isolate import guilty
 from pipeline.isolate import next_trial
+from pipeline.supervisor import MAX_DEADLY
 
 
 def death(*rows: int, others: int = 0) -> Death:
@@ -44,7 +46,28 @@ def test_a_row_is_guilty_when_two_engines_died_with_it_alone_in_them() -> None:
     assert guilty([death(7), death(7, 8), death(7)]) == {7: ["signal SIGSEGV", "signal SIGSEGV"]}
 
 
-def isolate(rows: int, deadly: set[int], batch: int, accidents: random.Random | None = None) -> tuple[set[int], int]:
+def kill(*rows: int, others: int = 0) -> Death:
+    return Death(rows=frozenset(rows), others=others, how="signal SIGKILL", killed=True)
+
+
+@pytest.mark.parametrize(
+    ("deaths", "proven"),
+    [
+        ([kill(7)] * 3, False),
+        ([kill(7)] * 4, True),
+        ([kill(7)] * 3 + [kill(7, 8), kill(7, others=1), kill(8)], False),
+        ([death(7), kill(7)], False),
+        ([death(7), kill(7), kill(7)], True),
+    ],
+)
+def test_engines_that_somebody_killed_count_half(deaths: list[Death], proven: bool) -> None:
+    """Two blows from outside, or two shortages of memory, must not condemn the row that happened to be alone in there."""
+    assert (7 in guilty(deaths)) is proven
+
+
+def isolate(
+    rows: int, deadly: set[int], batch: int, accidents: random.Random | None = None, *, killed: bool = False
+) -> tuple[set[int], int]:
     """Play a unit to its end on engines that die of deadly rows, and by accident. The rows found guilty, and deaths."""
     done: set[int] = set()
     deaths: list[Death] = []
@@ -58,7 +81,7 @@ def isolate(rows: int, deadly: set[int], batch: int, accidents: random.Random | 
         for start in range(0, len(wanted), batch):
             inside = frozenset(wanted[start : start + batch])
             if inside & deadly or (accidents is not None and accidents.random() < 0.02):
-                deaths.append(Death(rows=inside, others=others, how="signal SIGSEGV"))
+                deaths.append(Death(rows=inside, others=others, how="signal SIGSEGV", killed=killed))
                 break
             if trial:
                 done |= inside  # saved in a segment when the trial is over; a death before that loses them
@@ -75,6 +98,13 @@ def test_one_deadly_row_in_512_is_found_with_a_dozen_deaths() -> None:
         found, deaths = isolate(512, {row}, batch=512)
         assert found == {row}
         assert deaths <= 2 + 1 + math.log2(512) + 2
+
+
+def test_a_row_that_takes_all_memory_is_found_before_a_supervisor_gives_its_replica_up() -> None:
+    for row in (0, 511):
+        found, deaths = isolate(512, {row}, batch=512, killed=True)
+        assert found == {row}
+        assert deaths <= MAX_DEADLY
 
 
 def test_a_unit_without_a_deadly_row_is_cleared_by_one_trial() -> None:

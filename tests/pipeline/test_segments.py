@@ -112,6 +112,14 @@ def test_a_death_is_told_to_each_unit_that_had_rows_inside(job: JobSpec, out: st
     assert load_history(UNIT, out, PRINT, job).deaths == (Death(rows=frozenset({20, 29}), others=3, how="signal SIGSEGV"),)
 
 
+def test_a_death_says_whether_somebody_killed_the_engine_and_an_older_one_says_nothing(job: JobSpec, out: str) -> None:
+    flight = Flight(moved_at=0.0, steps=1, rows_finished=0, rows={Tag(out_uri=out, fingerprint=PRINT, unit=2): frozenset({20})})
+    record_death(flight, "signal SIGKILL", True)
+    said = {"fingerprint": PRINT, "unit": 2, "death": {"rows": [20], "others": 0, "how": "signal SIGKILL"}}
+    storage.create_once(storage.join(folder_of(out, PRINT, 2), "older.death.json"), json.dumps(said).encode())
+    assert sorted(death.killed for death in load_history(UNIT, out, PRINT, job).deaths) == [False, True]
+
+
 @pytest.mark.parametrize("rows", [[19], ["20"], [True], "20", None, {"a": 1}])
 def test_a_death_with_impossible_rows_counts_as_not_there(job: JobSpec, out: str, rows: object) -> None:
     said = {"fingerprint": PRINT, "unit": 2, "death": {"rows": rows, "others": 0, "how": "x"}}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from pipeline.flight import FlightRecorder
+from pipeline.flight import Tag
 from pipeline.model import resolve_model
 from pipeline.supervisor import ReplicaSpec
 from pipeline.supervisor import Supervisor
+from pipeline.supervisor import _Slot
 from pipeline.worker import WorkerConfig
 
 
@@ -37,3 +42,23 @@ def test_a_replica_that_does_not_start_is_named_while_others_still_do(tiny_model
         assert "decode_tokens_per_s" in why
     finally:
         supervisor.close(at_once=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "killed"),
+    [(signal.SIGKILL, "", True), (signal.SIGABRT, "", False), (signal.SIGKILL, "its engine made no step for 300 s", False)],
+)
+def test_only_a_kill_from_outside_is_told_as_one(tmp_path: Path, number: signal.Signals, message: str, killed: bool) -> None:
+    """A supervisor's own SIGKILL is the end of an engine that hung."""
+    told: list[tuple[str, bool]] = []
+    supervisor = Supervisor([], max_loading=1, silence_s=60, on_death=lambda _, *death: told.append(death))
+    config = WorkerConfig(name="r", model={}, kind="simulated", options={}, num_threads=1, folder=str(tmp_path))
+    recorder = FlightRecorder(config.flight_path, 1)
+    recorder.enter(recorder.open_tag(Tag(out_uri="/out", fingerprint="f", unit=1)), 7)
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    process.send_signal(number)
+    slot = _Slot(spec=ReplicaSpec(config=config, environment={}), process=process, state="ready", message=message)
+    supervisor._take_death(slot, {}, process.wait())
+    assert [verdict for _, verdict in told] == [killed]
+    assert slot.state == "waiting"
+    supervisor.close()
