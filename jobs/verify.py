@@ -1,4 +1,4 @@
-"""Prove an output: every input row there once, in order, with its columns. Compares content, not counts; streams."""
+"""Prove an output: every input row there once, in order, with its columns, as committed. Compares content, not counts; streams."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from schemas.completions import ERROR
 from schemas.completions import RowsDigest
 from schemas.completions import output_schema
 from schemas.errors import TokenmillError
+from schemas.manifest import UnitReport
 from schemas.record import JobRecord
 from schemas.unit import WorkUnit
 
@@ -55,15 +56,19 @@ def verify(out_uri: str) -> Verdict:
     if plan.digest != record.decides["plan"]:
         verdict.problems.append(f"{layout.PLAN} is not the plan that {layout.JOB} names; it was replaced or damaged")
         return verdict  # of which rows there should be, nothing is known
+    manifest = _Manifest(out_uri) if _closed_by(out_uri) == record.fingerprint else None
     done, foreign = list_parts(out_uri, record.fingerprint)
     verdict.problems += foreign
     verdict.problems += [f"part of unit {index}, which the plan does not have" for index in sorted(set(done) - set(range(len(plan.units))))]
     for first, last in _runs([unit for unit in plan.units if unit.index not in done]):
         rows = f"rows {first.position} to {last.position + last.num_rows}"
-        verdict.problems.append(f"lost: {rows} (no part for units {first.index} to {last.index}); run the job again")
+        source = _source(first, last)
+        verdict.problems.append(f"lost: {rows} ({source}; no part for units {first.index} to {last.index}); run the job again")
     for unit in plan.units:
         if unit.index in done:
-            _verify_unit(unit, out_uri, record, verdict)
+            _verify_unit(unit, out_uri, record, manifest, verdict)
+    if manifest is not None and manifest.damage is not None:
+        verdict.problems.append(f"{layout.MANIFEST} cannot be read ({manifest.damage}); run the job again, which writes it anew")
     closed_by = _closed_by(out_uri)
     if not verdict.problems and closed_by != record.fingerprint:
         what = "missing" if closed_by is None else "another job's"
@@ -91,7 +96,52 @@ def _runs(units: list[WorkUnit]) -> Iterator[tuple[WorkUnit, WorkUnit]]:
             first = index + 1
 
 
-def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, verdict: Verdict) -> None:
+def _source(first: WorkUnit, last: WorkUnit) -> str:
+    """Where the rows of a run of units come from."""
+    if not first.ranges or not last.ranges:
+        return "of no object"
+    start, stop = first.ranges[0], last.ranges[-1]
+    if start.uri == stop.uri:
+        return f"rows {start.row_start} to {stop.row_stop} of {start.uri}"
+    return f"row {start.row_start} of {start.uri} to row {stop.row_stop} of {stop.uri}"
+
+
+class _Manifest:
+    """What a closed job's manifest says of its parts, asked part by part in the order of units. Streams."""
+
+    def __init__(self, out_uri: str) -> None:
+        self._rows = _manifest_rows(out_uri)
+        self._row: dict[str, Any] | None = {"unit": -1}
+        self.damage: str | None = None
+        """Why it could not be read to its end; no part is measured by it from there on."""
+
+    def objection(self, report: UnitReport) -> str | None:
+        """How a part is not the one that it names; or None."""
+        if self.damage is not None:
+            return None
+        try:
+            while self._row is not None and self._row["unit"] < report.unit:
+                self._row = next(self._rows, None)
+            if self._row is None or self._row["unit"] != report.unit:
+                return f"{layout.MANIFEST} does not name it; run the job again, which writes that anew"
+            for name, found in (("attempt", report.attempt), ("digest", report.digest)):
+                if self._row[name] != found:
+                    return (
+                        f"changed: it has {name} {found}, and {layout.MANIFEST} names {self._row[name]}; put that part back, or run the "
+                        "job again to take this one"
+                    )
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            self.damage = f"{type(error).__name__}: {error}"
+        return None
+
+
+def _manifest_rows(out_uri: str) -> Iterator[dict[str, Any]]:
+    with open_parquet(storage.join(out_uri, layout.MANIFEST)) as manifest:
+        for batch in manifest.iter_batches(batch_size=_BATCH_ROWS, columns=["unit", "attempt", "digest"]):
+            yield from batch.to_pylist()
+
+
+def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, manifest: _Manifest | None, verdict: Verdict) -> None:
     name = unit.part_name(record.fingerprint)
     rows = f"rows {unit.position} to {unit.position + unit.num_rows}"
     uri = storage.join(out_uri, name)
@@ -101,6 +151,8 @@ def _verify_unit(unit: WorkUnit, out_uri: str, record: JobRecord, verdict: Verdi
             verdict.problems.append(f"foreign: {name} ({rows}) says it is unit {report.unit} of job {report.fingerprint[:8]}")
             return
         problem = _compare(unit, uri, record, report.digest)
+        if problem is None and manifest is not None:
+            problem = manifest.objection(report)
     except (pa.ArrowException, OSError, TokenmillError) as error:
         problem = str(error)
     if problem is None:
@@ -139,7 +191,9 @@ def _compare(unit: WorkUnit, uri: str, record: JobRecord, digest: str) -> str | 
                     return (
                         f"row {position + row} has {'both a completion and an error' if has_error else 'neither a completion nor an error'}"
                     )
-    if digest and found_digest.hexdigest() != digest:
+    if not digest:
+        return "its footer has no digest of its completions, which every released version writes; remove it, and run the job again"
+    if found_digest.hexdigest() != digest:
         return "changed: its completions are not those that were committed"
     return None
 

@@ -1,4 +1,4 @@
-"""Peak memory of driver and worker for a small and a large table, with the simulated engine: it should not grow.
+"""Peak memory of driver, worker and verify for a small and a large table, with the simulated engine: it should not grow.
 
 python -m tests.bench.memory --rows 10000 1000000
 """
@@ -71,8 +71,20 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def measure(num_rows: int, model: str, replicas: int) -> tuple[float, float, float]:
-    """Peak MB of the driver, of the largest worker, and the seconds it took."""
+def peaks(command: list[str]) -> tuple[float, float]:
+    """Peak MB of a command's process, and of the largest of its children. Fails where it does."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    own, largest = 0, 0
+    while process.poll() is None:
+        own = max(own, peak_kb(process.pid))
+        largest = max([largest, *(peak_kb(child) for child in children(process.pid))])
+        time.sleep(0.1)
+    assert process.returncode == 0, f"{' '.join(command[2:5])} ended with {process.returncode}"
+    return own / 1024, largest / 1024
+
+
+def measure(num_rows: int, model: str, replicas: int) -> tuple[float, float, float, float]:
+    """Peak MB of the driver, of the largest worker and of `verify`, and the seconds that the run took."""
     work = Path(tempfile.mkdtemp(prefix="tokenmill-memory-"))
     try:
         write_table(work / "in", num_rows)
@@ -82,16 +94,12 @@ def measure(num_rows: int, model: str, replicas: int) -> tuple[float, float, flo
             "--set", "engine.options.decode_tokens_per_s=10000000", "--set", "engine.options.prefill_tokens_per_s=100000000",
         ]  # fmt: skip
         began = time.monotonic()
-        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
-        driver_peak, worker_peak = 0, 0
-        while driver.poll() is None:
-            driver_peak = max(driver_peak, peak_kb(driver.pid))
-            worker_peak = max([worker_peak, *(peak_kb(child) for child in children(driver.pid))])
-            time.sleep(0.1)
-        assert driver.returncode == 0, f"tokenmill run ended with {driver.returncode}"
+        driver, worker = peaks(command)
+        took_s = time.monotonic() - began
         parts = sorted((work / "out").glob("part-*.parquet"))
         assert sum(pq.read_metadata(part).num_rows for part in parts) == num_rows
-        return driver_peak / 1024, worker_peak / 1024, time.monotonic() - began
+        verify, _ = peaks([sys.executable, "-m", "jobs.cli", "verify", str(work / "out")])
+        return driver, worker, verify, took_s
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -104,15 +112,15 @@ def main() -> None:
     options = parser.parse_args()
     results = []
     for num_rows in options.rows:
-        driver, worker, seconds = measure(num_rows, options.model, options.replicas)
-        results.append((driver, worker))
+        driver, worker, verify, seconds = measure(num_rows, options.model, options.replicas)
+        results.append((driver, worker, verify))
         print(
-            f"{num_rows:>9,} rows: driver peak {driver:.0f} MB, worker peak {worker:.0f} MB, "
+            f"{num_rows:>9,} rows: driver peak {driver:.0f} MB, worker peak {worker:.0f} MB, verify peak {verify:.0f} MB, "
             f"{seconds:.0f} s ({num_rows / seconds:,.0f} rows/s)",
             flush=True,
         )
     first, last = results[0], results[-1]
-    print(f"growth: driver {last[0] / first[0]:.2f}x, worker {last[1] / first[1]:.2f}x")
+    print(f"growth: driver {last[0] / first[0]:.2f}x, worker {last[1] / first[1]:.2f}x, verify {last[2] / first[2]:.2f}x")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from jobs.plan import Plan
 from jobs.verify import Verdict
 from jobs.verify import verify
 from schemas import layout
+from schemas.completions import RowsDigest
 from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.job import parse_job
@@ -55,15 +56,21 @@ def out(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
+@pytest.fixture
+def table(whole: Path) -> Path:
+    """What `out` was made of."""
+    return whole.parent / "in" / "prompts.parquet"
+
+
 def part(out: Path, unit: int) -> Path:
     return sorted(out.glob("part-*.parquet"))[unit]
 
 
-def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """The part with other rows, but its own footer's report: the most that an accident could forge."""
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table], **told: str) -> None:
+    """The part with other rows, but its own footer's report, but for what is `told`: the most that an accident could forge."""
     changed = change(pq.read_table(path))
     metadata = {key: value for key, value in pq.read_metadata(path).metadata.items() if key.startswith(b"tokenmill")}
-    report = {**json.loads(metadata[b"tokenmill.report"]), "rows": changed.num_rows}
+    report = {**json.loads(metadata[b"tokenmill.report"]), "rows": changed.num_rows, **told}
     with pq.ParquetWriter(path, changed.schema) as writer:
         writer.write_table(changed)
         writer.add_key_value_metadata({**metadata, b"tokenmill.report": json.dumps(report)})
@@ -101,17 +108,30 @@ def test_a_rewritten_part_with_the_same_rows_passes(out: Path) -> None:
     assert verify(str(out)).complete
 
 
-def test_a_lost_part_is_found(out: Path) -> None:
+def test_a_lost_part_is_found(out: Path, table: Path) -> None:
     part(out, 2).unlink()
-    assert problems(out) == ["lost: rows 32 to 48 (no part for units 2 to 2); run the job again"]
+    assert problems(out) == [f"lost: rows 32 to 48 (rows 32 to 48 of {table}; no part for units 2 to 2); run the job again"]
 
 
-def test_neighbouring_lost_parts_are_one_finding(out: Path) -> None:
+def test_neighbouring_lost_parts_are_one_finding(out: Path, table: Path) -> None:
     for path in (part(out, 0), part(out, 1), part(out, 3)):
         path.unlink()
     assert problems(out) == [
-        "lost: rows 0 to 32 (no part for units 0 to 1); run the job again",
-        "lost: rows 48 to 64 (no part for units 3 to 3); run the job again",
+        f"lost: rows 0 to 32 (rows 0 to 32 of {table}; no part for units 0 to 1); run the job again",
+        f"lost: rows 48 to 64 (rows 48 to 64 of {table}; no part for units 3 to 3); run the job again",
+    ]
+
+
+def test_lost_rows_of_several_objects_are_found_by_the_first_and_the_last(
+    make_job: MakeJob, write_table: WriteTable, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"question {index}"} for index in range(20)]
+    first, last = write_table(rows, "in/a.parquet"), write_table(rows, "in/b.parquet")
+    assert run(make_job(), stream=io.StringIO()).state == "complete"
+    for path in sorted((tmp_path / "out").glob("part-*.parquet"))[1:]:
+        path.unlink()
+    assert problems(tmp_path / "out") == [
+        f"lost: rows 16 to 40 (row 16 of {first} to row 20 of {last}; no part for units 1 to 2); run the job again"
     ]
 
 
@@ -236,13 +256,75 @@ def test_a_row_with_neither_completion_nor_error_is_found(out: Path) -> None:
     assert "row 35" in problem
 
 
+def test_a_completion_that_is_another_text_is_found(out: Path) -> None:
+    rewrite(part(out, 2), change_column("completion", lambda values: [*values[:3], "another text", *values[4:]]))
+    assert problems(out) == [f"{part(out, 2).name} (rows 32 to 48): changed: its completions are not those that were committed"]
+
+
+def test_a_part_without_a_digest_is_not_taken_for_proven(out: Path) -> None:
+    rewrite(part(out, 2), lambda table: table, digest="")
+    (problem,) = problems(out)
+    assert problem.startswith(f"{part(out, 2).name} (rows 32 to 48): its footer has no digest of its completions")
+
+
+@pytest.fixture
+def swapped(out: Path) -> Path:
+    """The output with another attempt's part of unit 1, as whole as the one that was committed."""
+    changed = change_column("completion", lambda values: ["another text", *values[1:]])(pq.read_table(part(out, 1)))
+    digest = RowsDigest()
+    digest.update(changed.columns[3:])
+    rewrite(part(out, 1), lambda _: changed, attempt="another", digest=digest.hexdigest())
+    return out
+
+
+def test_a_part_of_another_attempt_is_found(swapped: Path) -> None:
+    """Put there after the job was closed: all that it says of itself is true, but the manifest names another."""
+    (problem,) = problems(swapped)
+    assert problem.startswith(f"{part(swapped, 1).name} (rows 16 to 32): changed: it has attempt another, and {layout.MANIFEST} names ")
+    assert verify(str(swapped)).rows_proven == _ROWS - 16
+    (swapped / layout.SUCCESS).unlink()
+    assert [problem.split(",")[0] for problem in problems(swapped)] == ["every row is there"]
+
+
+def test_a_part_is_found_that_has_its_attempts_name_and_other_completions(swapped: Path) -> None:
+    manifest = pq.read_table(swapped / layout.MANIFEST)
+    rewrite(part(swapped, 1), lambda table: table, attempt=manifest["attempt"][1].as_py())
+    (problem,) = problems(swapped)
+    assert problem.startswith(f"{part(swapped, 1).name} (rows 16 to 32): changed: it has digest ")
+
+
+def test_the_same_command_again_takes_a_part_of_another_attempt(tiny_model: Path, tmp_path: Path) -> None:
+    out = make_whole(tmp_path, tiny_model)
+    rewrite(part(out, 1), lambda table: table, attempt="another")
+    assert not verify(str(out)).complete
+    assert run(parse_job(job_data(tiny_model, tmp_path)), stream=io.StringIO()).this_run.units == 0
+    assert verify(str(out)).complete
+
+
+@pytest.mark.parametrize("data", [None, b"", b"PAR1 and nothing else"])
+def test_a_manifest_that_cannot_be_read_is_found_once(out: Path, data: bytes | None) -> None:
+    (out / layout.MANIFEST).unlink()
+    if data is not None:
+        (out / layout.MANIFEST).write_bytes(data)
+    (problem,) = problems(out)
+    assert problem.startswith(f"{layout.MANIFEST} cannot be read (")
+    assert problem.endswith("run the job again, which writes it anew")
+
+
+def test_a_part_that_the_manifest_does_not_name_is_found(out: Path) -> None:
+    pq.write_table(pq.read_table(out / layout.MANIFEST).take([0, 1, 3]), out / layout.MANIFEST)
+    assert problems(out) == [
+        f"{part(out, 2).name} (rows 32 to 48): {layout.MANIFEST} does not name it; run the job again, which writes that anew"
+    ]
+
+
 def test_all_findings_are_told_at_once(out: Path) -> None:
     part(out, 0).unlink()
     rewrite(part(out, 0), lambda table: table.slice(1))  # the first that is left
     assert [problem.split()[0] for problem in problems(out)] == ["lost:", part(out, 0).name]
 
 
-def test_findings_as_json(out: Path) -> None:
+def test_findings_as_json(out: Path, table: Path) -> None:
     part(out, 2).unlink()
     done = CliRunner().invoke(main, ["verify", "--json", str(out)])
     assert done.exit_code == 1
@@ -251,7 +333,7 @@ def test_findings_as_json(out: Path) -> None:
         "rows_expected": 64,
         "rows_proven": 48,
         "error_rows": 1,
-        "problems": ["lost: rows 32 to 48 (no part for units 2 to 2); run the job again"],
+        "problems": [f"lost: rows 32 to 48 (rows 32 to 48 of {table}; no part for units 2 to 2); run the job again"],
     }
 
 
