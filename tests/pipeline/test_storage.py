@@ -175,6 +175,28 @@ def test_a_failed_local_create_leaves_no_temporary(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_local_object_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses power after a commit was acknowledged must not lose the part, or leave half of it under its name."""
+    told: list[tuple[str, str]] = []
+    fsync, link = os.fsync, os.link
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        told.append(("fsync", "folder" if path == tmp_path else f"{path.name[:5]} of {path.stat().st_size}"))
+
+    def linked(source: Path, target: Path) -> None:
+        link(source, target)
+        told.append(("link", target.name))
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.link", linked)
+    storage.create_once(str(tmp_path / "part"), b"twelve bytes")
+    assert told == [("fsync", ".tmp- of 12"), ("link", "part"), ("fsync", "folder")]
+
+
 def test_a_full_disk_is_no_object() -> None:
     with pytest.raises(OSError):
         storage.create_once("/dev/full/a", b"x")
