@@ -37,6 +37,8 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     # Scheduler and workers balance by how long tasks take: half a second, Dask's guess, is wrong by three orders.
     "distributed.scheduler.unknown-task-duration": "10m",
     "distributed.scheduler.default-task-durations": {"unit": "10m"},
+    # scheduler.idle-timeout stays unset: it ends a scheduler that waits for its next driver, but no node, and nodes are what costs. A
+    # driver's own scheduler ends with the driver; cluster.max_hours ends Batch's nodes.
     # The pages have no password. Left out are those that show call stacks and logs, reach through to workers, or take orders.
     "distributed.scheduler.http.routes": ["distributed.http.health", "distributed.http.scheduler.prometheus", "distributed.http.statics"],
     "distributed.dashboard.link": "http://127.0.0.1:{port}/status",  # Dask would name the address of the scheduler itself

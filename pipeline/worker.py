@@ -72,9 +72,13 @@ DASK_CONFIG: dict[str, Any] = {
     # The driver hears of every lost replica and decides; Dask would run a unit with a deadly row on one replica after the other.
     "distributed.scheduler.allowed-failures": 0,
     "distributed.scheduler.worker-saturation": 1.0,  # nothing waits on a worker that another could do now
+    # It moves results between workers. Ours are under a KiB and fetched at once; retire_workers starts one for itself where none runs.
     "distributed.scheduler.active-memory-manager.start": False,
-    "distributed.comm.timeouts.connect": "60s",
+    "distributed.comm.timeouts.connect": "60s",  # an in-process engine keeps the thread that listens from its turn, too
     "distributed.worker.http.routes": ["distributed.http.health"],  # nothing there asks for a password
+    # comm.retry.count stays at 0. Heartbeats come again by themselves; a result that does not arrive in time is found in storage, and
+    # tries at a replica that is gone would only keep its unit from the others. deploy.lost-worker-timeout is for workers that Dask's
+    # own clusters start; ours are the supervisor's.
 }
 
 
