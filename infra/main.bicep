@@ -40,8 +40,8 @@ param maxWorkers int
 @description('Whether GPU nodes of the Batch pool are spot ones. They may be taken away at any time; no finished row is lost.')
 param spotWorkers bool
 
-@description('The size of the driver nodes: small, on demand, without GPU.')
-param driverSize string = 'Standard_D4ds_v5'
+@description('The size of the driver nodes: small, on demand, without GPU. Its local disk takes a copy of each model that jobs on it use, since a driver reads the weights once for their digests.')
+param driverSize string = 'Standard_D8ds_v5'
 
 @description('Most driver nodes at once; each runs the drivers of up to four jobs.')
 @minValue(1)
@@ -143,7 +143,9 @@ var name = '${namePrefix}-${environmentName}'
 var unique = '${namePrefix}${environmentName}${take(uniqueString(resourceGroup().id), 8)}'
 var arm64 = contains(workerSize, '_GB')
 var scaleSetRendezvous = 'az://output/cluster'
-var scaleSetKeys = 'az://keys/scale-set'
+// A container of its own: operators write it, and are not to read those keys of jobs that drivers put into the other one.
+var scaleSetKeys = 'az://cluster-keys/scale-set'
+var operatorContainers = concat(['input', 'output', 'models'], arm64 ? ['cluster-keys'] : [])
 var allTags = union(tags, { application: 'tokenmill', environment: environmentName })
 
 module logs 'modules/logs.bicep' = {
@@ -180,6 +182,7 @@ module storage 'modules/storage.bicep' = {
     sku: storageSku
     operatorAddressRanges: operatorAddressRanges
     undeleteDays: undeleteDays
+    clusterKeys: arm64
     workspaceId: logs.outputs.workspaceId
   }
 }
@@ -275,7 +278,7 @@ module operatorRoles 'modules/roles.bicep' = if (!empty(operatorObjectId)) {
     principalType: operatorType
     storageName: storage.outputs.accountName
     readable: []
-    writable: ['input', 'output', 'models']
+    writable: operatorContainers
     registryName: registry.outputs.registryName
     push: true
     batchName: batch.outputs.accountName
@@ -360,7 +363,7 @@ module scaleSet 'modules/scale-set-cluster.bicep' = if (arm64) {
 var scaleSetCluster = {
   kind: 'address'
   rendezvous: scaleSetRendezvous
-  keys: scaleSetKeys
+  keys: './keys' // a folder on the machine that runs scheduler and job; the nodes fetch the same keys from scaleSetKeys
 }
 
 var batchCluster = {

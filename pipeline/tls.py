@@ -103,6 +103,7 @@ def make_keys(folder: str | Path, *, valid_days: int, now: datetime | None = Non
 def read_keys(folder: str | Path, *, now: datetime | None = None) -> Keys:
     """Check a folder of keys: complete, of one CA, not out of date, and the key for its owner's eyes. Raises JobError."""
     from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     place, now = _local(folder), now or datetime.now(UTC)
     missing = [name for name in (CA_CERTIFICATE, NODE_CERTIFICATE, NODE_KEY) if not (place / name).is_file()]
@@ -124,6 +125,12 @@ def read_keys(folder: str | Path, *, now: datetime | None = None) -> Keys:
         raise JobError(
             f"keys: {NODE_CERTIFICATE} in {place} was not signed by {CA_CERTIFICATE} there; copy all three files of one set"
         ) from None
+    try:
+        key = load_pem_private_key((place / NODE_KEY).read_bytes(), None)
+    except (OSError, ValueError, TypeError):  # whose words might show some of it
+        raise JobError(f"keys: {place / NODE_KEY} is not a private key in PEM form, without a password") from None
+    if key.public_key() != node.public_key():
+        raise JobError(f"keys: {NODE_KEY} in {place} is not the key of {NODE_CERTIFICATE} there; copy all three files of one set")
     expires_at = min(ca.not_valid_after_utc, node.not_valid_after_utc)
     if expires_at <= now:
         raise JobError(

@@ -23,15 +23,18 @@ param operatorAddressRanges array
 @description('The Log Analytics workspace.')
 param workspaceId string
 
+// A variable of its own: Bicep takes a loop as a variable's whole value, and not inside an object of one.
+var operatorRules = [
+  for addresses in operatorAddressRanges: {
+    value: addresses
+    action: 'Allow'
+  }
+]
+
 var operatorsOnly = {
   accountAccess: {
     defaultAction: 'Deny'
-    ipRules: [
-      for addresses in operatorAddressRanges: {
-        value: addresses
-        action: 'Allow'
-      }
-    ]
+    ipRules: operatorRules
   }
   nodeManagementAccess: {
     defaultAction: 'Deny' // nodes come through their private endpoint

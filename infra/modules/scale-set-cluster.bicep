@@ -12,11 +12,8 @@ param location string
 @description('Tags of every resource.')
 param tags object
 
-@description('Azure size of a node.')
-@allowed([
-  'Standard_ND128isr_NDR_GB200_v6'
-  'Standard_ND128isr_GB300_v6'
-])
+// Not @allowed: Bicep refuses to pass a parameter of seven sizes to one of two. main.bicep comes here with the two alone.
+@description('Azure size of a node, an ARM64 one.')
 param vmSize string
 
 @description('How many nodes.')
@@ -49,7 +46,7 @@ param model string
 @description('Where the scheduler publishes its address, as a URI.')
 param rendezvous string
 
-@description('Where the cluster\'s keys lie, as a URI.')
+@description('Where the cluster\'s keys lie, as a URI; operators put them there.')
 param keys string
 
 module identity 'identity.bicep' = {
@@ -61,7 +58,7 @@ module identity 'identity.bicep' = {
   }
 }
 
-// These workers submit nothing and make no keys, so they have no role on Batch, and only read the keys.
+// These workers submit nothing and make no keys: no role on Batch, and of keys they read their own cluster's, not those of jobs.
 module roles 'roles.bicep' = {
   name: 'roles-scale-set'
   params: {
@@ -71,7 +68,7 @@ module roles 'roles.bicep' = {
     readable: [
       'input'
       'models'
-      'keys'
+      'cluster-keys'
     ]
     writable: [
       'output'

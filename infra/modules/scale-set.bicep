@@ -1,7 +1,7 @@
 metadata description = 'GB200 and GB300 nodes (ARM64), which Azure Batch is not known to have: a scale set whose machines run the same worker image.'
 
 @description('Name of the scale set.')
-@maxLength(9)
+@maxLength(64)
 param name string
 
 @description('Azure region.')
@@ -10,11 +10,7 @@ param location string
 @description('Tags of every resource.')
 param tags object
 
-@description('Azure size of a node.')
-@allowed([
-  'Standard_ND128isr_NDR_GB200_v6'
-  'Standard_ND128isr_GB300_v6'
-])
+@description('Azure size of a node, an ARM64 one.')
 param vmSize string
 
 @description('How many nodes. Unlike a Batch pool, a scale set does not shrink by itself: set 0 when the work is done.')
@@ -53,7 +49,7 @@ param model string
 @description('Where the scheduler publishes its address, as a URI.')
 param rendezvous string
 
-@description('Where the cluster\'s keys lie, as a URI; the scheduler\'s owner put them there.')
+@description('Where the cluster\'s keys lie, as a URI; operators put them there.')
 param keys string
 
 // The template's own braces are left alone: only @NAME@ is replaced, so the file is valid cloud-init as it stands.
@@ -86,7 +82,7 @@ resource nodeSet 'Microsoft.Compute/virtualMachineScaleSets@2024-07-01' = {
     }
     virtualMachineProfile: {
       osProfile: {
-        computerNamePrefix: name
+        computerNamePrefix: take(name, 9) // Azure adds six characters; 15 is the shortest limit that its documentation has
         adminUsername: 'tokenmill'
         customData: base64(cloudInit)
         linuxConfiguration: {
@@ -141,7 +137,7 @@ resource nodeSet 'Microsoft.Compute/virtualMachineScaleSets@2024-07-01' = {
       scheduledEventsProfile: {
         terminateNotificationProfile: {
           enable: true
-          notBeforeTimeout: 'PT5M' // a worker hands its rows back when it hears of it
+          notBeforeTimeout: 'PT5M' // a worker hears of its machine's deletion (Terminate) and hands its rows back
         }
       }
     }

@@ -29,12 +29,10 @@ param undeleteDays int
 @description('The Log Analytics workspace.')
 param workspaceId string
 
-var containers = [
-  'input'
-  'output'
-  'models'
-  'keys'
-]
+@description('Whether there is a container for keys that operators make, of a cluster of their own. Those that drivers make lie in keys.')
+param clusterKeys bool
+
+var containers = concat(['input', 'output', 'models', 'keys'], clusterKeys ? ['cluster-keys'] : [])
 
 resource account 'Microsoft.Storage/storageAccounts@2024-01-01' = {
   name: name

@@ -21,6 +21,8 @@ _DECLARATIONS = {
     "output_declaration": "output",
 }
 _OTHERS = {"metadata_declaration", "target_scope_assignment", "decorators", "comment", "using_statement"}
+_LOOPS = ("variable_declaration", "resource_declaration", "module_declaration", "output_declaration")
+"""What may be a loop as a whole."""
 _ESCAPES = {"\\'": "'", "\\\\": "\\", "\\n": "\n", "\\r": "\r", "\\t": "\t", "\\$": "$"}
 
 
@@ -79,6 +81,11 @@ def read(path: Path) -> Template:
     for node in walk(root):
         if node.type == "ERROR" or node.is_missing:
             raise BicepError(f"{path.name}:{node.start_point[0] + 1}: {text_of(node)[:60]!r} is not Bicep")
+        if node.type == "for_statement" and not _may_loop(node):
+            raise BicepError(
+                f"{where(path, node)}: Bicep takes no loop here (BCP138): only as the whole value of a variable, output, resource or "
+                "module, or of a property of a resource or module"
+            )
     declarations: dict[tuple[str, str], Declaration] = {}
     decorators: dict[str, Node] = {}
     scope = "resourceGroup"
@@ -165,6 +172,18 @@ def properties(node: Node) -> list[tuple[Node, Node]]:
 def items(node: Node) -> list[Node]:
     """Of an array or an argument list."""
     return _plain(node)
+
+
+def _may_loop(node: Node) -> bool:
+    """As Bicep's compiler allows it. It would also take objects inside arrays on the way, which nothing here needs."""
+    above = node.parent
+    if above is None or above.type != "object_property":
+        return above is not None and above.type in _LOOPS
+    while above is not None and above.type in ("object", "object_property", "if_statement"):
+        above = above.parent
+    if above is not None and above.type == "for_statement":  # only the one that makes several resources: loops of properties do not nest
+        above = above.parent
+    return above is not None and above.type in ("resource_declaration", "module_declaration")
 
 
 def _plain(node: Node) -> list[Node]:

@@ -190,6 +190,10 @@ class _Scope:
         template = bicep.read(path)
         if template.scope != scope:
             raise BicepError(f"{self._template.path.name}: module {one.name} is for a {template.scope}, deployed to a {scope}")
+        for name, passed in _passed_on(node):
+            ours, its = (where.declarations.get(("param", called)) for where, called in ((self._template, passed), (template, name)))
+            if ours is not None and its is not None and (more := _more(ours, its)):
+                raise BicepError(f"{self._template.path.name}: module {one.name}: {passed} may be {more}, and {name} may not (BCP036)")
         inner = _Scope(template, body.get("params", {}), {}, self._made)
         return {"name": body["name"], "outputs": inner.run()}
 
@@ -281,6 +285,22 @@ class _Scope:
         if key not in whole:
             raise BicepError(f"{where}: {text_of(left)} has no {key}")
         return whole[key]
+
+
+def _passed_on(node: Node | None) -> list[tuple[str, str]]:
+    """A module's parameters that are given by plain names: theirs, and the names."""
+    given = [value for key, value in bicep.properties(node) if text_of(key) == "params"] if node is not None else []
+    return [(text_of(key), text_of(value)) for one in given for key, value in bicep.properties(one) if value.type == "identifier"]
+
+
+def _more(ours: Declaration, its: Declaration) -> str:
+    """What one parameter may be and another one, which gets its value, may not. The compiler looks at that, whatever the value is."""
+    if "allowed" not in its.decorators:
+        return ""
+    if "allowed" not in ours.decorators:
+        return "anything"
+    first, second = ({text_of(item) for item in bicep.items(bicep.items(one.decorators["allowed"])[0])} for one in (ours, its))
+    return ", ".join(sorted(first - second))
 
 
 def _of_resource(resource: Resource, key: str, where: str) -> Any:

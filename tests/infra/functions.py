@@ -32,6 +32,7 @@ def known(template: Template, environment: Mapping[str, str]) -> dict[str, Calla
 
     return {
         "base64": lambda text: base64.b64encode(text.encode()).decode(),
+        "concat": lambda *lists: [one for part in lists for one in part],
         "contains": lambda whole, part: part in whole,
         "empty": lambda value: not value,
         "environment": lambda: {"suffixes": {"storage": "core.windows.net", "acrLoginServer": ".azurecr.io"}},

@@ -26,6 +26,7 @@ from tests.infra.deployment import Deployed
 from tests.infra.deployment import Resource
 from tests.infra.deployment import deploy_file
 
+pytestmark = pytest.mark.batch
 _ENVIRONMENTS = Path(__file__).resolve().parents[2] / "infra" / "environments"
 _VALUES = {"TOKENMILL_BATCH_SERVICE": "0" * 36, "TOKENMILL_OPERATORS": "1" * 36}
 _VARIANTS: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ import yaml
 
 from jobs.submission import requests_of
 from pipeline import storage
-from schemas.job import ClusterSpec
+from pipeline import tls
 from schemas.job import JobSpec
 from schemas.job import parse_job
 from tests.infra.deployment import Deployed
@@ -21,6 +21,7 @@ from tests.infra.invariants import POOL
 from tests.infra.invariants import ROLES
 from tests.infra.invariants import SCALE_SET
 
+pytestmark = pytest.mark.batch
 _ROOT = Path(__file__).resolve().parents[2]
 _VALUES = {"TOKENMILL_BATCH_SERVICE": "0" * 36, "TOKENMILL_OPERATORS": "1" * 36, "TOKENMILL_SSH_PUBLIC_KEY": "ssh-ed25519 AAAA test"}
 _NOW = 1_800_000_000.0
@@ -73,9 +74,15 @@ def test_a_job_with_the_printed_sections_is_accepted(environment: str) -> None:
     assert (cluster.kind, cluster.driver_pool, cluster.worker_pool) == ("azure-batch", "drivers", "workers")
 
 
-def test_the_printed_cluster_of_arm64_nodes_is_one_too() -> None:
+def test_the_printed_cluster_of_arm64_nodes_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deployed = made(workerSize="Standard_ND128isr_GB300_v6")
-    assert ClusterSpec.model_validate(deployed.outputs["cluster"]).kind == "address"
+    monkeypatch.chdir(tmp_path)
+    tls.make_keys("keys", valid_days=1)
+    job = job_on(deployed)
+    keys, rendezvous = str(job.cluster.keys), str(job.cluster.rendezvous)
+    assert job.cluster.kind == "address"
+    tls.check_apart(keys, [job.output.uri, rendezvous])  # what `tokenmill run` does with them first
+    assert tls.security(keys).require_encryption
     assert deployed.outputs["scaleSetName"] == deployed.of(SCALE_SET)[0].name
 
 
@@ -137,9 +144,17 @@ def test_who_submits_jobs_cannot_read_their_keys() -> None:
     assert [role for role in roles if role[1] == "keys"] == []
 
 
+def test_operators_hand_out_keys_only_where_there_is_a_scale_set() -> None:
+    operators = _VALUES["TOKENMILL_OPERATORS"]
+    with_set, without = (may(made(workerSize=size), operators) for size in ("Standard_ND128isr_GB300_v6", "Standard_ND96isr_H100_v5"))
+    assert with_set - without == {("Storage Blob Data Contributor", "cluster-keys")}
+    assert [role for role in with_set if role[1] == "keys"] == []
+
+
 def test_workers_of_a_scale_set_submit_nothing_and_write_only_completions() -> None:
     deployed = made(workerSize="Standard_ND128isr_GB300_v6")
-    (of_set,) = [roles for one in roles_of(deployed) if ("Storage Blob Data Reader", "keys") in (roles := may(deployed, one))]
+    (of_set,) = [roles for one in roles_of(deployed) if ("Storage Blob Data Reader", "cluster-keys") in (roles := may(deployed, one))]
+    assert {role for role in of_set if role[1] == "keys"} == set()  # those are jobs'
     assert {role for role in of_set if role[0] == "Storage Blob Data Contributor"} == {("Storage Blob Data Contributor", "output")}
     assert not [role for role in of_set if "Batch" in role[0]]
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.infra import bicep
 from tests.infra.deployment import deploy_file
 from tests.infra.invariants import ROLES
 
+pytestmark = pytest.mark.batch
 _ROOT = Path(__file__).resolve().parents[2]
 _INFRA = _ROOT / "infra"
 _README = (_INFRA / "README.md").read_text()

@@ -98,6 +98,21 @@ def test_files_of_two_sets_are_refused(tmp_path: Path) -> None:
         read_keys(one)
 
 
+def test_a_key_of_another_set_is_refused(tmp_path: Path) -> None:
+    one, two = (make_keys(tmp_path / name, valid_days=3).folder for name in ("one", "two"))
+    (one / NODE_KEY).write_bytes((two / NODE_KEY).read_bytes())
+    with pytest.raises(JobError, match=r"is not the key of node\.pem there; copy all three files of one set"):
+        read_keys(one)
+
+
+def test_what_is_no_key_is_refused_without_being_shown(tmp_path: Path) -> None:
+    folder = make_keys(tmp_path / "keys", valid_days=3).folder
+    (folder / NODE_KEY).write_text("-----BEGIN PRIVATE KEY-----\nhello\n-----END PRIVATE KEY-----\n")
+    with pytest.raises(JobError, match="is not a private key in PEM form") as caught:
+        read_keys(folder)
+    assert "hello" not in str(caught.value)
+
+
 def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
     folder = make_keys(tmp_path / "keys", valid_days=3).folder
     (folder / CA_CERTIFICATE).write_text("hello")
