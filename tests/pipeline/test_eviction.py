@@ -1,4 +1,4 @@
-"""Azure's notice that a spot machine goes: found among other events, for this machine only, from a service that comes and goes."""
+"""Azure's notice that this machine goes, a spot one or one of a scale set: among other events, from a service that comes and goes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ import pytest
 
 from pipeline.eviction import ENVIRONMENT_VARIABLE
 from pipeline.eviction import EvictionWatch
+from pipeline.eviction import ending_event
 from pipeline.eviction import metadata_address
-from pipeline.eviction import preempt_event
 from pipeline.eviction import watch_evictions
 
 PREEMPT = {"EventId": "A-1", "EventType": "Preempt", "ResourceType": "VirtualMachine", "Resources": ["nd_0", "nd_3"]}
 REBOOT = {"EventId": "B-2", "EventType": "Reboot", "ResourceType": "VirtualMachine", "Resources": ["nd_0"]}
+TERMINATE = {"EventId": "C-3", "EventType": "Terminate", "ResourceType": "VirtualMachine", "Resources": ["nd_0"], "NotBefore": ""}
 
 
 @pytest.mark.parametrize(
     ("document", "found"),
     [
         ({"DocumentIncarnation": 1, "Events": [REBOOT, PREEMPT]}, "A-1"),
+        ({"Events": [REBOOT, TERMINATE]}, "C-3"),
+        ({"Events": [{**TERMINATE, "Resources": ["nd_1"]}]}, None),
         ({"Events": [REBOOT]}, None),
         ({"Events": [{**PREEMPT, "Resources": ["nd_1"]}]}, None),
         ({"Events": [{**PREEMPT, "Resources": None}, "x", None]}, None),
@@ -33,8 +36,8 @@ REBOOT = {"EventId": "B-2", "EventType": "Reboot", "ResourceType": "VirtualMachi
         (None, None),
     ],
 )
-def test_only_a_preempt_event_that_names_this_machine_counts(document: Any, found: str | None) -> None:
-    assert preempt_event(document, "nd_0") == found
+def test_only_an_event_that_ends_this_machine_counts(document: Any, found: str | None) -> None:
+    assert ending_event(document, "nd_0") == found
 
 
 class Service(ThreadingHTTPServer):
