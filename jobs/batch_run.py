@@ -109,6 +109,23 @@ def store_job_file(job: JobSpec, out_uri: str) -> None:
         raise JobError(f"output.uri: cannot write {where}: {error}") from error
 
 
+def store_left_out(out_uri: str, stamp: str, nodes: list[str]) -> None:
+    """Which nodes a preflight found slow, for drivers of the same submit that come after this one. Raises OSError."""
+    storage.replace(_left_out(out_uri, stamp), json.dumps(nodes).encode())
+
+
+def read_left_out(out_uri: str, stamp: str) -> list[str] | None:
+    """None where no preflight has ended. Raises OSError."""
+    try:
+        return [str(node) for node in json.loads(storage.read_bytes(_left_out(out_uri, stamp)))]
+    except FileNotFoundError:
+        return None
+
+
+def _left_out(out_uri: str, stamp: str) -> str:
+    return storage.join(folder(out_uri), f"preflight-{stamp or 'node'}.json")
+
+
 def store_latest(out_uri: str, latest: Latest) -> None:
     """For `tokenmill logs`; that it cannot be stored stops nothing."""
     with contextlib.suppress(OSError):

@@ -31,6 +31,9 @@ from jobs.cluster.batch_nodes import BatchCluster
 from jobs.cluster.cluster import Cluster
 from jobs.driver import drain_asked_since
 from jobs.plan import Taken
+from jobs.preflight import PreflightJob
+from jobs.preflight import PreflightSpec
+from jobs.preflight import slow_nodes
 from jobs.scheduler import SchedulerSpec
 from jobs.scheduler import SchedulerThread
 from pipeline import storage
@@ -39,6 +42,7 @@ from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EXIT_UNITS_FAILED
 from schemas.errors import JobError
 from schemas.errors import TokenmillError
+from schemas.job import ClusterSpec
 from schemas.job import JobSpec
 
 
@@ -159,9 +163,22 @@ def _cluster(accepted: Accepted, task: BatchTask, listen: str) -> Cluster:
         model=accepted.model,
         kind=job.engine.kind,
         listen=listen,
+        measure=(lambda nodes, say: _slow_nodes(job, task, nodes, say)) if job.cluster.preflight else None,
     )
     batch_run.store_latest(out_uri, Latest(endpoint=endpoint, driver_job=task.batch_id, stamp=task.stamp, nodes_job=cluster.nodes_job))
     return cluster
+
+
+def _slow_nodes(job: JobSpec, task: BatchTask, nodes: ClusterSpec, say: Callable[[str], None]) -> list[str]:
+    """Measured once for a submit: a driver that is started again finds its nodes at work. Raises JobError and OSError."""
+    out_uri = storage.absolute(job.output.uri)
+    known = batch_run.read_left_out(out_uri, task.stamp)
+    if known is not None:
+        return known
+    spec = PreflightSpec(job=PreflightJob(engine=job.engine, output=job.output, cluster=nodes, storage=job.storage))
+    slow = slow_nodes(spec, say)
+    batch_run.store_left_out(out_uri, task.stamp, slow)
+    return slow
 
 
 def _end_replaced() -> None:

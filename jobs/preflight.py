@@ -68,8 +68,7 @@ _CPU_SHAPE = Shape(
 )
 """SmolLM2-135M's config.json, the demo's model: the largest of which two CPU cores do all figures within a minute."""
 _NO_NODES_YET = (
-    "whose nodes are not there before its run asks for them; run `tokenmill preflight --output URI` on a node itself, as a task of the "
-    "worker pool, or start `tokenmill scheduler` and `tokenmill worker` on its nodes and give kind: address"
+    "whose nodes are not there before its run asks for them; cluster.preflight: true makes the run measure them before their first unit"
 )
 
 Say = Callable[[str], None]
@@ -232,7 +231,13 @@ def without_slow_nodes(job: JobSpec, say: Say, spec: PreflightSpec | None = None
         kind = f"azure-batch, {_NO_NODES_YET}" if job.cluster.kind == "azure-batch" else job.cluster.kind
         raise JobError(f"--preflight: only a cluster of kind: address has nodes to leave out, found {kind}")
     own = PreflightJob(model=None, engine=job.engine, output=job.output, cluster=job.cluster, storage=job.storage)
-    found = preflight(spec or PreflightSpec(job=own), say)
+    left_out = sorted({*job.cluster.leave_out, *slow_nodes(spec or PreflightSpec(job=own), say)})
+    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"leave_out": left_out})})
+
+
+def slow_nodes(spec: PreflightSpec, say: Say) -> list[str]:
+    """Names of nodes that a job does better without; findings are said. Raises JobError, also where no node would be left."""
+    found = preflight(spec, say)
     for report in found.nodes:
         for failure in report.failures:
             say(f"node {report.name}: {failure.pillar} was not measured: {failure.reason}")
@@ -241,12 +246,11 @@ def without_slow_nodes(job: JobSpec, say: Say, spec: PreflightSpec | None = None
     slow = found.leave_out
     if len(slow) == len(found.nodes):
         raise JobError(
-            f"--preflight: every node is slow or cannot be measured ({', '.join(slow)}); "
-            "see `tokenmill preflight`, and to run on them all the same leave --preflight out"
+            f"preflight: every node is slow or cannot be measured ({', '.join(slow)}); "
+            "see `tokenmill preflight`, and to run on them all the same leave the preflight out"
         )
     say(f"preflight: {len(found.nodes)} nodes" + (f", of which {', '.join(slow)} will be left out" if slow else ", none of them slow"))
-    left_out = sorted({*job.cluster.leave_out, *slow})
-    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"leave_out": left_out})})
+    return slow
 
 
 def sentence(finding: Finding) -> str:

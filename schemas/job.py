@@ -186,7 +186,7 @@ class EngineSpec(Frozen):
 
 _OF_ADDRESS = ("address", "rendezvous", "insecure", "leave_out")
 _NEEDED_BY_BATCH = ("endpoint", "driver_pool", "worker_pool", "nodes", "image", "identity", "client_id", "keys")
-_OF_BATCH = (*_NEEDED_BY_BATCH[:-1], "scratch", "max_hours")
+_OF_BATCH = (*_NEEDED_BY_BATCH[:-1], "scratch", "max_hours", "preflight")
 
 
 class ClusterSpec(Frozen):
@@ -230,6 +230,8 @@ class ClusterSpec(Frozen):
     """With azure-batch: the nodes' local disk, which `tokenmill node-start` made; weights are kept there for all tasks of a node."""
     max_hours: int = Field(default=24, ge=1, le=720)
     """With azure-batch: Batch ends driver and workers after so many hours, whatever happens."""
+    preflight: bool = False
+    """With azure-batch: measure the nodes once they are there, before their first unit, and leave slow ones out."""
 
     def metrics_port_of(self, replica: int) -> int | None:
         """Of a node's replica number so much."""

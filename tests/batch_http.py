@@ -95,6 +95,9 @@ def route(service: Service, method: str, path: list[str], body: dict[str, Any]) 
         case "POST", ["jobs", name, "terminate"]:
             service.terminate_job(name, body.get("terminateReason", "UserTerminate"))
             return 202, None
+        case "POST", ["jobs", name, "tasks", task, "terminate"]:
+            service.terminate_task(name, task)
+            return 204, None
         case "POST", ["jobs", name, "addtaskcollection"]:
             return 200, {"value": service.add_tasks(name, body["value"])}
         case "GET", ["jobs", name, "tasks"]:

@@ -73,6 +73,8 @@ class Task:
     starts: int = 0
     node: Node | None = None
     running: Running | None = None
+    unwanted: bool = False
+    """Asked to end."""
 
     def body(self) -> dict[str, Any]:
         info: dict[str, Any] = {"retryCount": self.retries, "requeueCount": 0}
@@ -214,7 +216,7 @@ class Service:
                 self._take_end(job, task, code)
             elif task.state == "active" and job.state == "active":
                 self._start(job, task)
-            elif job.state == "terminating" and task.running is not None:
+            elif (job.state == "terminating" or task.unwanted) and task.running is not None:
                 task.running.ask_to_end()
         manager = job.tasks.get(job.spec.get("jobManagerTask", {}).get("id", ""))
         if job.state == "active" and manager is not None and manager.state == "completed" and manager.spec.get("killJobOnCompletion", True):
@@ -253,7 +255,7 @@ class Service:
         pool = self.pools[job.spec["poolInfo"]["poolId"]]
         batch_nodes.upload(task.spec, running.folder, task.exit_code, pool.identities, self.azurite)
         limit = task.spec.get("constraints", {}).get("maxTaskRetryCount", 0)
-        if task.exit_code and job.state == "active" and (limit == -1 or task.retries < limit):
+        if task.exit_code and job.state == "active" and not task.unwanted and (limit == -1 or task.retries < limit):
             task.retries += 1
             task.state = "active"
             return
@@ -319,6 +321,16 @@ class Service:
         if job.state != "active":
             raise Refused(409, "JobCompleted", "The specified job is already in a completed state.")
         self._terminate(job, reason)
+
+    def terminate_task(self, name: str, task_id: str) -> None:
+        task = self.job(name).tasks.get(task_id)
+        if task is None:
+            raise Refused(404, "TaskNotFound", "The specified task does not exist.")
+        if task.state == "completed":
+            raise Refused(409, "TaskCompleted", "The task has already completed.")
+        task.unwanted = True
+        if task.running is None:
+            task.state = "completed"
 
     def create_schedule(self, spec: dict[str, Any]) -> None:
         check_id(spec)

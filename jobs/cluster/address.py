@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,6 +161,11 @@ class AddressCluster:
             # What a replica still has in flight from an earlier scheduler or driver it need not begin again.
             holder = self._holders.get(unit_tag(out_uri, fingerprint, unit.index))
             units.submit(out_uri, fingerprint, unit, attempt, done, on if units.has(unit.index) else holder or on)
+
+    def leave_out(self, nodes: Iterable[str]) -> None:
+        """From now on these get no unit, whatever is in flight on them."""
+        self._spec = self._spec.model_copy(update={"leave_out": sorted({*self._spec.leave_out, *nodes})})
+        self._replicas = [replica for replica in self._replicas if node_of(replica.name) not in self._spec.leave_out]
 
     def notes(self) -> list[str]:
         with self._lock:

@@ -10,9 +10,12 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jobs.cluster import azure_batch
 from jobs.cluster.address import AddressCluster
@@ -25,6 +28,7 @@ from jobs.cluster.batch_advice import ended_words
 from jobs.cluster.batch_advice import resize_problems
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from jobs.cluster.cluster import node_of
 from jobs.scheduler import SchedulerSpec
 from jobs.scheduler import SchedulerThread
 from pipeline import handover
@@ -37,6 +41,11 @@ from schemas.unit import WorkUnit
 _WATCH_S = 15.0
 _CLOSE_S = 5.0
 _MAX_JOBS = 1000
+_LOOK_S = 1.0
+_STRAGGLE_S = 600.0
+"""A node that comes so much later than the first one is not waited for by a preflight, and gets units unmeasured."""
+_SETTLE_S = 20.0
+"""A node's replicas come up one after the other, and their starts would disturb what is measured."""
 LISTEN = "tls://0.0.0.0:0"
 """Any free port: several drivers may share a node, and the rendezvous says which one it is."""
 
@@ -102,15 +111,42 @@ def hopeless(nodes_job: str, job: BatchJobState | None, tasks: Sequence[TaskStat
     )
 
 
+@dataclass(slots=True)
+class Gathering:
+    """Which replicas have joined, until there are enough of them to measure their nodes. Times are seconds of one clock."""
+
+    nodes: int
+    """Asked for."""
+    names: frozenset[str] = frozenset()
+    first_at: float | None = None
+    changed_at: float = 0.0
+
+    def enough(self, names: Iterable[str], now: float) -> bool:
+        """Given who is there now: whether all nodes are, or no more are waited for, and nobody has just come."""
+        names = frozenset(names)
+        if names != self.names:
+            self.names, self.changed_at = names, now
+        if not names:
+            return False
+        self.first_at = now if self.first_at is None else self.first_at
+        all_there = len({node_of(name) for name in names}) >= self.nodes
+        return (all_there or now - self.first_at >= _STRAGGLE_S) and now - self.changed_at >= _SETTLE_S
+
+
+Measure = Callable[[ClusterSpec, Callable[[str], None]], list[str]]
+"""Given the nodes as a cluster of kind address, and who is told: names of slow ones. Raises JobError and OSError."""
+
+
 class BatchCluster:
     """Made by the driver. Ends its nodes' job in `close`, whatever the run came to; not where a newer driver took over."""
 
     dashboard = None
 
     def __init__(
-        self, *, account: BatchAccount, order: Order, driver_job: str, rendezvous: str, out_uri: str, model: Model, kind: str, listen: str
-    ) -> None:
-        """Raises JobError."""
+        self, *, account: BatchAccount, order: Order, driver_job: str, rendezvous: str, out_uri: str, model: Model, kind: str, listen: str,
+        measure: Measure | None = None,
+    ) -> None:  # fmt: skip
+        """With `measure`, nodes get units once they were measured, and slow ones none. Raises JobError."""
         self._account, self._pool_id = account, str(order.cluster.worker_pool)
         self._keys = handover.place(str(order.cluster.keys), driver_job)
         self._notes: list[str] = []
@@ -132,12 +168,16 @@ class BatchCluster:
             raise
         self._thread = threading.Thread(target=self._watch, name="batch", daemon=True)
         self._thread.start()
+        self._measuring = measure is not None
+        if measure is not None:
+            gathering = Gathering(nodes=order.cluster.nodes or 1)
+            threading.Thread(target=self._measure, args=(measure, address, gathering), name="preflight", daemon=True).start()
 
     def replicas(self) -> list[ReplicaState]:
         """Raises JobError once no node is left and none will come."""
         if self._refusal is not None:
             raise self._refusal
-        return self._inner.replicas()
+        return [] if self._measuring else self._inner.replicas()
 
     @property
     def num_replicas(self) -> int:
@@ -190,6 +230,21 @@ class BatchCluster:
         reason = hopeless(self.nodes_job, self._account.job(self.nodes_job), tasks)
         if reason is not None:
             self._refusal = JobError(reason)
+
+    def _measure(self, measure: Measure, nodes: ClusterSpec, gathering: Gathering) -> None:
+        try:
+            while not gathering.enough((replica.name for replica in self._inner.replicas()), time.monotonic()):
+                if self._closing.wait(_LOOK_S):
+                    return
+            slow = measure(nodes, self._note)
+            self._inner.leave_out(slow)
+            for name in slow:  # nodes are named after their tasks; one that idles costs as much as one at work
+                self._account.end_task(self.nodes_job, name)
+        except JobError as error:
+            self._refusal = error
+        except OSError as error:
+            self._note(f"preflight: the nodes were not measured, and all get units: {error}")
+        self._measuring = False
 
     def _note_once(self, text: str) -> None:
         if text not in self._told:

@@ -49,6 +49,7 @@ def test_what_schedule_create_sends() -> None:
 
 _CALLS: dict[str, Callable[[BatchAccount], Any]] = {
     "end_job": lambda account: account.end_job("night-1-nodes"),
+    "end_task": lambda account: account.end_task("night-1-nodes", "node-0003"),
     "pause_schedule": lambda account: account.pause_schedule("night-1"),
     "resume_schedule": lambda account: account.resume_schedule("night-1"),
     "delete_schedule": lambda account: account.delete_schedule("night-1"),
