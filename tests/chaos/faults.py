@@ -1,14 +1,19 @@
-"""Faults at two borders: every call of pipeline.storage that touches a store, and every message that sends a unit to a replica.
+"""Faults at two borders: every call of pipeline.storage that touches a store, and every message that a unit is sent or answered with.
 
 Both are counted by what they are about, and fail where they are told to. A call is named by function, object and how often
 that function was called for that object before; so the same fault point means the same call in every run, whatever the threads
 do. "before": it fails and nothing happened. "after": it took effect, and fails all the same, as where an acknowledgement is
-lost. "within": a file opens, and its first read fails. A message is lost before the unit ran ("before"), its answer after it
-ran ("after"), or it arrives twice ("twice").
+lost. "within": a file opens, and its first read fails.
+
+On the inline cluster a message is a call: it is lost before the unit ran ("before"), its answer after it ran ("after"), or it
+arrives twice ("twice"). Over Dask it is what a client sends and what it hears: a submission that cannot be sent ("before"), that
+is sent all the same ("after") or that is sent twice ("twice"), and an answer that does not arrive after the unit has committed
+("before") or that arrives twice ("twice").
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -22,9 +27,13 @@ from typing import Any
 from typing import Literal
 
 import pytest
+from distributed import Client
+from distributed import Future
 
+from jobs.cluster.dask_units import DaskUnits
 from jobs.cluster.inline import InlineCluster
 from pipeline import storage
+from pipeline.worker import run_unit_task
 from schemas.errors import ReplicaLost
 from schemas.unit import WorkUnit
 
@@ -32,6 +41,12 @@ When = Literal["before", "after", "within", "twice"]
 Done = Callable[[Any], None]
 
 MESSAGE = "message"
+SUBMISSION, ANSWER = "submission", "answer"
+"""Over Dask."""
+DASK_MESSAGES: tuple[tuple[str, When], ...] = (
+    (SUBMISSION, "before"), (SUBMISSION, "after"), (SUBMISSION, "twice"), (ANSWER, "before"), (ANSWER, "twice"),
+)  # fmt: skip
+_SETTLE_S = 60.0
 
 PURE = frozenset({"absolute", "check_can_create", "commit_as", "join", "scheme_of", "web_address"})
 """Public functions of storage that touch no store."""
@@ -74,11 +89,17 @@ class Faults:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._armed: set[Point] = set()
+        self._unheard: list[Future] = []
         self.fired: list[Point] = []
         self.seen: set[Point] = set()
         for name, function in store_calls().items():
             monkeypatch.setattr(storage, name, self._guard(name, function))
         monkeypatch.setattr(InlineCluster, "submit", self._guard_messages(InlineCluster.submit))
+
+    def stand_before_dask(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on, also between this process's clients and their schedulers."""
+        monkeypatch.setattr(Client, "submit", self._guard_submissions(Client.submit))
+        monkeypatch.setattr(DaskUnits, "_report", self._guard_answers(DaskUnits._report))
 
     def arm(self, points: Iterable[Point] = ()) -> None:
         """Fail at these points from now on."""
@@ -89,6 +110,14 @@ class Faults:
         """Calls are counted from here: a run's first call of a name is its first, whatever runs were before."""
         with self._lock:
             self._counts.clear()
+
+    def settle(self) -> None:
+        """Until the units have run whose submission nobody here knows of."""
+        with self._lock:
+            unheard, self._unheard = self._unheard, []
+        for future in unheard:
+            with contextlib.suppress(Exception):  # however it went
+                future.result(timeout=_SETTLE_S)
 
     @property
     def waiting(self) -> int:
@@ -141,6 +170,46 @@ class Faults:
 
         return guarded
 
+    def _guard_submissions(self, submit: Callable[..., Future]) -> Callable[..., Future]:
+        @functools.wraps(submit)
+        def guarded(client: Client, function: Any, *args: Any, key: str | None = None, **kwargs: Any) -> Future:
+            if function is not run_unit_task or not args[0].startswith(self._root):
+                return submit(client, function, *args, key=key, **kwargs)
+            about = f"unit {args[2]['index']}"
+            number = self._count(SUBMISSION, about)
+            if self._fails(SUBMISSION, about, number, "before"):
+                raise self._error(SUBMISSION, about, "before it was sent")
+            if self._fails(SUBMISSION, about, number, "twice"):
+                self._keep(submit(client, function, *args, key=f"{key}-again", **kwargs))
+            future = submit(client, function, *args, key=key, **kwargs)
+            if self._fails(SUBMISSION, about, number, "after"):
+                self._keep(future)  # or Dask would take it back
+                raise self._error(SUBMISSION, about, "after it was sent")
+            return future
+
+        return guarded
+
+    def _guard_answers(self, report: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(report)
+        def guarded(units: DaskUnits, future: Future) -> None:
+            about = f"unit {int(future.key.split('-')[2])}"
+            number = self._count(ANSWER, about)
+            lost = self._fails(ANSWER, about, number, "before")
+            report(units, _Unanswered(future, self._error(ANSWER, about, "on its way")) if lost else future)
+            if self._fails(ANSWER, about, number, "twice"):
+                report(units, future)
+
+        return guarded
+
+    def _count(self, function: str, about: str) -> int:
+        with self._lock:
+            self._counts[function, about] += 1
+            return self._counts[function, about]
+
+    def _keep(self, future: Future) -> None:
+        with self._lock:
+            self._unheard.append(future)
+
     def _fails(self, function: str, name: str, number: int, when: When) -> bool:
         point = Point(function=function, name=name, number=number, when=when)
         with self._lock:
@@ -176,3 +245,16 @@ class _Broken:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+class _Unanswered:
+    """A future whose result does not come, however well its task went."""
+
+    def __init__(self, future: Future, error: OSError) -> None:
+        self._future, self._error = future, error
+
+    def result(self, timeout: float) -> Any:
+        raise self._error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._future, name)

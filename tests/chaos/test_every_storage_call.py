@@ -3,7 +3,10 @@
 Whatever fails, a run completes or ends as the project says runs end, and the same run without faults completes: the
 independent checker and `verify` both say so, and no part that was seen has changed.
 
-Pairs are sampled; TOKENMILL_PAIRS=3000 takes so many (or `all`), TOKENMILL_SEED another sample:
+On a local folder, on memory://, and with a smaller job on Azure Blob, as Azurite plays it.
+
+Pairs are sampled; TOKENMILL_PAIRS=3000 takes so many (or `all`), TOKENMILL_BLOB_PAIRS the same on Azure Blob, TOKENMILL_SEED another
+sample:
 
     TOKENMILL_PAIRS=1500 .venv/bin/pytest -s -q tests/chaos/test_every_storage_call.py --timeout 7200
 """
@@ -18,8 +21,10 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -33,9 +38,11 @@ from click.testing import CliRunner
 
 import jobs.driver
 import pipeline.replica
+from jobs.accept import Accepted
 from jobs.accept import accept
 from jobs.api import run
 from jobs.cli import main
+from jobs.cluster.cluster import Cluster
 from jobs.verify import verify
 from pipeline import storage
 from pipeline.flight import Flight
@@ -46,6 +53,7 @@ from schemas.errors import TokenmillError
 from schemas.job import JobSpec
 from schemas.job import parse_job
 from schemas.unit import WorkUnit
+from tests.azurite import Azurite
 from tests.chaos.checker import History
 from tests.chaos.checker import check
 from tests.chaos.faults import COMPOSITE
@@ -57,10 +65,13 @@ from tests.chaos.faults import store_calls
 
 pytestmark = pytest.mark.chaos
 
-_OBJECTS, _ROWS_EACH = 2, 20
-"""Forty rows: three units, one of which reads both objects."""
+_LOCAL_ROWS = (20, 20)
+"""Rows of each input object. Forty rows: three units, one of which reads both objects."""
+_BLOB_ROWS = (20,)
+"""Two units. Each call is a request there, and each point a job or two."""
 _SEED = int(os.environ.get("TOKENMILL_SEED", "20261125"))
 _PAIRS = os.environ.get("TOKENMILL_PAIRS", "40")
+_BLOB_PAIRS = os.environ.get("TOKENMILL_BLOB_PAIRS", "12")
 _MAX_FAULTY_RUNS = 3
 _ENDS = {"complete", "failed", "Injected", "JobError", "ForeignOutput", "UnitError"}
 """How a run may end whose store fails; nobody asks it to drain."""
@@ -85,16 +96,27 @@ class Figures:
 class Rig:
     """One store, one small job, and the faults before it."""
 
-    def __init__(self, root: str, model: Path, faults: Faults) -> None:
-        self.root, self.faults, self._model = root, faults, model
+    def __init__(
+        self,
+        root: str,
+        model: Path,
+        faults: Faults,
+        *,
+        rows: Iterable[int] = _LOCAL_ROWS,
+        options: Mapping[str, Any] | None = None,
+        cluster_of: Callable[[Accepted], Cluster] | None = None,
+    ) -> None:
+        """`rows`: of each input object; `options`: how fsspec reaches the store; `cluster_of`: as jobs.api.run has it."""
+        self.root, self.faults, self._model, self._cluster_of = root, faults, model, cluster_of
+        self._fs: Any = fsspec.core.url_to_fs(root, **(options or {"auto_mkdir": True}))[0]
         self.figures = Figures()
         self._begun: dict[str, bytes] = {}
         self.reset()
-        for number in range(_OBJECTS):
-            ids = range(number * _ROWS_EACH, (number + 1) * _ROWS_EACH)
-            table = pa.table({"id": list(ids), "prompt": [f"question {row}" for row in ids]})
-            with fsspec.open(f"{root}/in/{number}.parquet", "wb", auto_mkdir=True) as file:
-                pq.write_table(table, file)
+        first = 0
+        for number, count in enumerate(rows):
+            ids, first, data = range(first, first + count), first + count, io.BytesIO()
+            pq.write_table(pa.table({"id": list(ids), "prompt": [f"question {row}" for row in ids]}), data)
+            self._put(f"{root}/in/{number}.parquet", data.getvalue())
 
     @property
     def input_uri(self) -> str:
@@ -103,6 +125,11 @@ class Rig:
     @property
     def out_uri(self) -> str:
         return f"{self.root}/out"
+
+    @property
+    def store(self) -> str:
+        """For a line of figures."""
+        return self.root.partition("://")[0] if "://" in self.root else "local"
 
     def job(self, **input_fields: Any) -> JobSpec:
         return parse_job(
@@ -118,12 +145,20 @@ class Rig:
 
     def reset(self) -> None:
         """The output as a strike begins: empty, or begun by a run that was evicted."""
-        fs, path = fsspec.core.url_to_fs(self.out_uri)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        path = self._path(self.out_uri)
+        if self.store == "az":  # has no folders, which adlfs would look for all the same
+            for name in self._fs.find(path):
+                self._fs.rm_file(name)
+        elif self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
         for name, data in self._begun.items():
-            with fsspec.open(f"{self.out_uri}/{name}", "wb", auto_mkdir=True) as file:
-                file.write(data)
+            self._put(f"{self.out_uri}/{name}", data)
+
+    def _path(self, uri: str) -> str:
+        return str(self._fs._strip_protocol(uri))
+
+    def _put(self, uri: str, data: bytes) -> None:
+        self._fs.pipe_file(self._path(uri), data)
 
     def begin_with_segments(self, job: JobSpec) -> int:
         """From now on every strike begins where replicas were evicted and died: half of each unit's rows lie in segments.
@@ -134,8 +169,7 @@ class Rig:
         accepted, saved = accept(job), 0
         fingerprint = accepted.record.fingerprint
         for unit in accepted.plan.units:
-            with fsspec.open(f"{self.out_uri}/{unit.part_name(fingerprint)}", "rb") as file:
-                table = pq.read_table(file)
+            table = pq.read_table(io.BytesIO(self._fs.cat_file(self._path(f"{self.out_uri}/{unit.part_name(fingerprint)}"))))
             half = table.select(table.column_names[2:]).slice(0, unit.num_rows // 2).combine_chunks().to_batches()[0]
             positions = range(unit.position, unit.position + half.num_rows)
             save_segment(unit, self.out_uri, fingerprint, positions=positions, rows=half, begun={}, engine={})
@@ -143,11 +177,9 @@ class Rig:
         lost = Tag(out_uri=self.out_uri, fingerprint=fingerprint, unit=1)
         last = unit_rows(accepted.plan.units[1])[-3:]
         record_death(Flight(moved_at=0.0, steps=9, rows_finished=9, rows={lost: frozenset(last)}), "signal SIGKILL")
-        fs, path = fsspec.core.url_to_fs(self.out_uri)
-        names = [
-            str(name) for name in fs.find(path) if "/part-" not in str(name) and not str(name).endswith(("SUCCESS", "manifest.parquet"))
-        ]
-        self._begun = {name.split("/out/", 1)[1]: fs.cat_file(name) for name in names}
+        names = map(str, self._fs.find(self._path(self.out_uri)))
+        kept = [name for name in names if "/part-" not in name and not name.endswith(("SUCCESS", "manifest.parquet"))]
+        self._begun = {name.split("/out/", 1)[1]: self._fs.cat_file(name) for name in kept}
         return saved
 
     def points(self, job: JobSpec) -> list[Point]:
@@ -192,7 +224,7 @@ class Rig:
         """How it ended: a state, or an error that the command turns into a message and an exit code."""
         self.faults.begin_run()
         try:
-            result = run(job, stream=io.StringIO())
+            result = run(job, stream=io.StringIO(), cluster_of=self._cluster_of)
         except (TokenmillError, Injected) as error:
             return type(error).__name__
         assert (result.state == "complete") == (result.exit_code == 0)
@@ -211,11 +243,17 @@ def unit_rows(unit: WorkUnit) -> range:
     return range(unit.position, unit.position + unit.num_rows)
 
 
-@pytest.fixture(params=["local", "memory"])
-def rig(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """The job on a local folder and on memory://."""
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that waits for nothing, and one tokenizer for all runs."""
     monkeypatch.setattr(pipeline.replica, "load_tokenizer", functools.cache(pipeline.replica.load_tokenizer))  # the real one, once
-    monkeypatch.setattr(jobs.driver, "_BACKOFF_S", 0.001)
+    for name, wait_s in (("_BACKOFF_S", 0.001), ("_LOSS_WAIT_S", 0.001), ("_TICK_S", 0.02)):
+        monkeypatch.setattr(jobs.driver, name, wait_s)
+
+
+@pytest.fixture(params=["local", "memory"])
+def rig(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, hasty: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """The job on a local folder and on memory://."""
     root = str(tmp_path / "store") if request.param == "local" else f"memory://every-call-{os.getpid()}"
     made = Rig(root, tiny_model, Faults(monkeypatch, root))
     yield made
@@ -223,6 +261,15 @@ def rig(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, monkey
         fsspec.filesystem("memory").rm(root.removeprefix("memory:/"), recursive=True)
     else:
         shutil.rmtree(root)
+
+
+@pytest.fixture
+def blob_rig(azurite: Azurite, container: str, tiny_model: Path, hasty: None, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A smaller job on Azure Blob."""
+    root = f"az://{container}"
+    # Said outright, or fsspec hands out the instance that it made for an earlier account.
+    options = {"connection_string": azurite.connection_string, "use_listings_cache": False}
+    return Rig(root, tiny_model, Faults(monkeypatch, root), rows=_BLOB_ROWS, options=options)
 
 
 def test_every_public_function_of_storage_is_known_here() -> None:
@@ -238,7 +285,7 @@ def test_the_same_points_are_seen_in_every_run(rig: Rig) -> None:
     assert rig.points(rig.job()) == rig.points(rig.job())
 
 
-def test_a_single_failure_anywhere_costs_no_row(rig: Rig) -> None:
+def strike_one_by_one(rig: Rig) -> None:
     job = rig.job()
     points = rig.points(job)
     calls = rig.faults.num_calls
@@ -253,19 +300,42 @@ def test_a_single_failure_anywhere_costs_no_row(rig: Rig) -> None:
     }
     for point in points:
         rig.strike(job, [point])
-    print(f"\n{rig.root.split('://')[0][:6]}: {len(points)} points of {calls} calls a run, one by one: {rig.figures}")
+    print(f"\n{rig.store}: {len(points)} points of {calls} calls a run, one by one: {rig.figures}")
     assert rig.figures.fired == rig.figures.points == len(points)
+
+
+def strike_pairs(rig: Rig, num_pairs: str) -> None:
+    """So many, or `all`."""
+    job = rig.job()
+    pairs = list(itertools.combinations(rig.points(job), 2))
+    chosen = pairs if num_pairs == "all" else random.Random(_SEED).sample(pairs, min(int(num_pairs), len(pairs)))
+    for pair in chosen:
+        rig.strike(job, pair)
+    print(f"\n{rig.store}: {len(chosen)} of {len(pairs)} pairs (seed {_SEED}): {rig.figures}")
+    assert rig.figures.fired >= rig.figures.points * 0.9  # a second fault may stand behind what the first one ended
+
+
+def test_a_single_failure_anywhere_costs_no_row(rig: Rig) -> None:
+    strike_one_by_one(rig)
+
+
+@pytest.mark.azurite
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_single_failure_anywhere_costs_no_row_on_azure_blob(blob_rig: Rig) -> None:
+    strike_one_by_one(blob_rig)
 
 
 @pytest.mark.long
 def test_two_failures_anywhere_cost_no_row(rig: Rig) -> None:
-    job = rig.job()
-    pairs = list(itertools.combinations(rig.points(job), 2))
-    chosen = pairs if _PAIRS == "all" else random.Random(_SEED).sample(pairs, min(int(_PAIRS), len(pairs)))
-    for pair in chosen:
-        rig.strike(job, pair)
-    print(f"\n{rig.root.split('://')[0][:6]}: {len(chosen)} of {len(pairs)} pairs (seed {_SEED}): {rig.figures}")
-    assert rig.figures.fired >= rig.figures.points * 0.9  # a second fault may stand behind what the first one ended
+    strike_pairs(rig, _PAIRS)
+
+
+@pytest.mark.azurite
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_failures_anywhere_cost_no_row_on_azure_blob(blob_rig: Rig) -> None:
+    strike_pairs(blob_rig, _BLOB_PAIRS)
 
 
 @pytest.mark.long
@@ -288,7 +358,7 @@ def test_a_single_failure_where_evicted_units_are_taken_up_costs_no_row(rig: Rig
     assert any(point.function == "remove" and "/segments/" in point.name for point in points)
     for point in points:
         rig.strike(job, [point])
-    print(f"\n{rig.root.split('://')[0][:6]}: {len(points)} points over {saved} saved rows, one by one: {rig.figures}")
+    print(f"\n{rig.store}: {len(points)} points over {saved} saved rows, one by one: {rig.figures}")
     assert rig.figures.fired == rig.figures.points == len(points)
 
 
