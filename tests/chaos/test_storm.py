@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.hardware import find_profile
 from tests.azurite import why_not
 from tests.chaos import storm
 from tests.chaos.nemesis import role_of
@@ -14,24 +15,29 @@ from tests.chaos.storm import Figures
 
 pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
-_FAULTS = 10
 _SEED = 20261125
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("store", ["local", pytest.param("azurite", marks=pytest.mark.azurite)])
-def test_a_storm_of_signals_loses_doubles_and_changes_no_row(store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("store", "cluster", "faults"),
+    [
+        ("local", "local", 10),
+        pytest.param("azurite", "local", 10, marks=pytest.mark.azurite),
+        ("local", "address", 5),  # a scheduler and nodes of their own, over TLS, struck as well
+    ],
+)
+def test_a_storm_of_signals_loses_doubles_and_changes_no_row(store: str, cluster: str, faults: int, tmp_path: Path) -> None:
     if store == "azurite" and (reason := why_not()):
         pytest.skip(reason)
     told = tmp_path / "figures.json"
-    ended = storm.main(
-        ["--faults", str(_FAULTS), "--seed", str(_SEED), "--store", store, "--json", str(told), "--keep", str(tmp_path / "storm")]
-    )
+    where = ["--store", store, "--cluster", cluster, "--json", str(told), "--keep", str(tmp_path / "storm")]
+    ended = storm.main(["--faults", str(faults), "--seed", str(_SEED), *where])
     figures = json.loads(told.read_text())
     assert (figures["lost"], figures["doubled"], figures["foreign"], figures["changed"], figures["changed_after_commit"]) == (0, 0, 0, 0, 0)
     assert (figures["undeserved_error_rows"], figures["other_damage"], figures["troubles"], figures["hung"]) == (0, {}, [], "")
     assert ended == 0
-    assert figures["faults"] >= _FAULTS
+    assert figures["faults"] >= faults
     assert figures["rows"] > 0
     assert figures["recovery_s"]["of"] > 0
 
@@ -46,6 +52,21 @@ def test_damage_makes_a_storm_fail() -> None:
         assert figures.to_dict()["loss_per_fault_at_most"] is None
     assert not Figures(undeserved_errors=1).fine
     assert not Figures(troubles=["a traceback"]).fine
+
+
+def test_overtaken_units_are_those_done_by_others_since_the_run_began() -> None:
+    said = {"units_done": 9, "account": {"units": 4}}
+    assert storm.overtaken_units(said, done_at_start=5) == 0
+    assert storm.overtaken_units(said, done_at_start=2) == 3
+
+
+def test_with_an_engine_process_only_that_differs_from_the_machines_own_profile(tmp_path: Path) -> None:
+    own, apart = find_profile("local-cpu"), find_profile(str(storm.engine_process_profile(tmp_path)))
+    assert apart.environment == {**own.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    same = {"name": own.name, "environment": own.environment}
+    assert apart.model_copy(update=same) == own
+    with pytest.raises(SystemExit):
+        storm.main(["--engine-process"])
 
 
 class Process:
