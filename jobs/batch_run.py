@@ -14,15 +14,18 @@ from datetime import UTC
 from datetime import datetime
 from pathlib import Path
 
-from jobs.cluster.azure_batch import JOB_FILE
+from jobs.cluster.azure_batch import METRICS
 from jobs.cluster.azure_batch import Order
+from jobs.drain import NO_DRAIN
+from jobs.status import LATEST
 from pipeline import storage
 from schemas import layout
+from schemas.batch import check_endpoint
 from schemas.errors import JobError
 from schemas.job import JobSpec
 
 _NAME_CHARACTERS = 32
-_LATEST = "latest.json"
+_DIGEST_CHARACTERS = 16
 STREAMS = ("stdout.txt", "stderr.txt")
 """Where Batch puts what a task prints."""
 
@@ -36,6 +39,7 @@ class Latest:
     stamp: str
     """See Order.stamp."""
     nodes_job: str | None = None
+    """None until the driver has asked for nodes; that is just before it begins to speak."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,22 +69,29 @@ def job_file_data(job: JobSpec) -> bytes:
     return json.dumps(job.model_dump(by_alias=True, exclude_unset=True, mode="json"), indent=1).encode()
 
 
+def job_file(job: JobSpec) -> str:
+    """Where it lies, named by what it says: another job's file leaves that of one that runs as it is."""
+    digest = hashlib.sha256(job_file_data(job)).hexdigest()[:_DIGEST_CHARACTERS]
+    return storage.join(folder(job.output.uri), f"job-{digest}.json")
+
+
 def stamp(now: float) -> str:
     """Of Unix seconds, for Order.stamp."""
     return f"{datetime.fromtimestamp(now, UTC):%Y%m%dT%H%M%SZ}"
 
 
-def order_for(job: JobSpec, stamp: str) -> Order:
+def order_for(job: JobSpec, stamp: str, drain_before: str = NO_DRAIN) -> Order:
     """What the requests of a run are made of. Raises JobError."""
     out = storage.absolute(job.output.uri)
     scheme, _, rest = folder(out).partition("://")
     container, _, path = rest.partition("/")
     return Order(
         cluster=job.cluster,
-        job_file=storage.web_address(storage.join(folder(out), JOB_FILE)),
+        job_file=storage.web_address(job_file(job)),
         logs_container=storage.web_address(f"{scheme}://{container}"),
         logs_path=f"{path}/logs",
         stamp=stamp,
+        drain_before=drain_before,
     )
 
 
@@ -94,15 +105,15 @@ def logs_folder(out_uri: str, batch_id: str, task_id: str) -> str:
 
 
 def keep_prints(task_folder: str, out_uri: str, batch_id: str, task_id: str) -> None:
-    """Put what a task printed so far beside its run's output; that it cannot be stored stops nothing."""
-    for name in STREAMS:
+    """Put what a task printed so far, and its metrics, beside its run's output; what cannot be stored, or is not there, stops nothing."""
+    for path in (*(Path(task_folder, name) for name in STREAMS), Path(task_folder, "wd", METRICS)):
         with contextlib.suppress(OSError):
-            storage.replace(storage.join(logs_folder(out_uri, batch_id, task_id), name), Path(task_folder, name).read_bytes())
+            storage.replace(storage.join(logs_folder(out_uri, batch_id, task_id), path.name), path.read_bytes())
 
 
-def store_job_file(job: JobSpec, out_uri: str) -> None:
+def store_job_file(job: JobSpec) -> None:
     """Raises JobError."""
-    where = storage.join(folder(out_uri), JOB_FILE)
+    where = job_file(job)
     try:
         storage.replace(where, job_file_data(job))
     except OSError as error:
@@ -127,19 +138,21 @@ def _left_out(out_uri: str, stamp: str) -> str:
 
 
 def store_latest(out_uri: str, latest: Latest) -> None:
-    """For `tokenmill logs`; that it cannot be stored stops nothing."""
+    """For `tokenmill status`, `cancel` and `logs`; that it cannot be stored stops nothing."""
     with contextlib.suppress(OSError):
-        storage.replace(storage.join(folder(out_uri), _LATEST), json.dumps(asdict(latest)).encode())
+        storage.replace(storage.join(storage.absolute(out_uri), LATEST), json.dumps(asdict(latest)).encode())
 
 
 def read_latest(out_uri: str) -> Latest:
     """Raises JobError."""
-    where = storage.join(folder(out_uri), _LATEST)
+    where = storage.join(storage.absolute(out_uri), LATEST)
     try:
-        return Latest(**json.loads(storage.read_bytes(where)))
+        latest = Latest(**json.loads(storage.read_bytes(where)))
+        check_endpoint(str(latest.endpoint))  # whoever asks it sends a token there, and whoever may write results may write this
+        return latest
     except FileNotFoundError:
         raise JobError(f"{out_uri} was not submitted to Azure Batch: there is no {where}; give the folder that the job writes to") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise JobError(f"{where} is damaged: {error}; `tokenmill submit` writes it anew") from None
 
 
@@ -154,7 +167,7 @@ def read_outcome(out_uri: str, driver_job: str, stamp: str) -> Outcome | None:
         return Outcome(**json.loads(storage.read_bytes(where)))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise JobError(f"{where} is damaged: {error}; remove it") from None
 
 

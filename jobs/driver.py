@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
 import queue
 import statistics
 import threading
@@ -28,12 +27,12 @@ from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.cluster.cluster import node_of
+from jobs.drain import ASKED_AT as ASKED_AT
+from jobs.drain import DrainWatch
 from jobs.load import Load
 from jobs.plan import Plan
 from jobs.plan import canary_units
-from pipeline import storage
 from pipeline.engine.continuous import WIDER
-from schemas import layout
 from schemas.errors import EngineDead
 from schemas.errors import ForeignOutput
 from schemas.errors import InputChanged
@@ -47,8 +46,6 @@ from schemas.unit import WorkUnit
 
 State = Literal["starting", "running", "draining", "complete", "failed", "limit", "drained", "interrupted"]
 
-ASKED_AT = "TOKENMILL_ASKED_AT"
-"""Unix seconds, for a process that is started for one run: requests to drain count from then on."""
 _TICK_S = 0.5
 _LOOK_EVERY_S = 0.25
 """At all replicas, whose words are a second old, or older where they are many."""
@@ -161,20 +158,6 @@ def slow_unit(flying: Mapping[int, Flying], usual_s: float | None, idle: Sequenc
     return index if now - single[index].since > max(_SLOW_LEAST_S, _SLOW_FACTOR * usual_s) else None
 
 
-def drain_asked_since(out_uri: str, began_at: float) -> bool:
-    """Whether `tokenmill cancel` asked after this run began; earlier requests were meant for earlier runs."""
-    try:
-        asked_at = float(storage.read_bytes(storage.join(out_uri, layout.DRAIN)))
-    except (OSError, ValueError):
-        return False  # a store that does not answer now is asked again in a moment
-    return asked_at >= began_at
-
-
-def asked_at(began_at: float) -> float:
-    """When somebody asked for this run: before it began, where a notebook had its process started."""
-    return float(os.environ.get(ASKED_AT) or began_at)
-
-
 @dataclass(slots=True)
 class Tries:
     """How often a unit went wrong."""
@@ -225,7 +208,7 @@ class Driver:
         self._tries: defaultdict[int, Tries] = defaultdict(Tries)
         self._took_s: deque[float] = deque(maxlen=_USUAL_OF)
         self._finished: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
-        self._drain = threading.Event()
+        self._drain, self._drains = threading.Event(), DrainWatch(accepted.out_uri)
         self._stop: BaseException | None = None
         self._load = Load()
         self._wanted_windows, self._num_nodes = 1.0, 0
@@ -308,7 +291,7 @@ class Driver:
             progress.state = "running"
         if now >= self._next_control and not self._drain.is_set():
             self._next_control = now + _CONTROL_EVERY_S
-            if drain_asked_since(self._accepted.out_uri, asked_at(progress.began_at)):
+            if self._drains.asked():
                 self._say("`tokenmill cancel` asked this job to drain")
                 self.drain()
         self._look_at_caps(now)

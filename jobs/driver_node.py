@@ -29,7 +29,7 @@ from jobs.cluster.batch_account import BatchAccount
 from jobs.cluster.batch_account import BatchSilent
 from jobs.cluster.batch_nodes import BatchCluster
 from jobs.cluster.cluster import Cluster
-from jobs.driver import drain_asked_since
+from jobs.drain import DrainWatch
 from jobs.plan import Taken
 from jobs.preflight import PreflightJob
 from jobs.preflight import PreflightSpec
@@ -117,7 +117,7 @@ def serve(spec: DriverSpec, say: Callable[[str], None]) -> int:
         try:
             return _run(job, taken, task, lambda accepted: _cluster(accepted, task, spec.listen))
         finally:
-            if task.folder is not None:  # Batch uploads them too, but to one place for all runs of a schedule
+            if task.folder is not None:  # Batch uploads all that too, but to one place for all runs of a schedule
                 batch_run.keep_prints(task.folder, job.output.uri, task.batch_id, DRIVER_TASK)
     cluster = job.cluster
     listen = SchedulerSpec(listen=spec.listen, keys=cluster.keys, insecure=cluster.insecure, rendezvous=cluster.rendezvous, dashboard=None)
@@ -129,8 +129,8 @@ def serve(spec: DriverSpec, say: Callable[[str], None]) -> int:
 
 
 def _run(job: JobSpec, taken: Taken, task: BatchTask, cluster_of: Callable[[Accepted], Cluster]) -> int:
-    began_at = datetime.now(UTC).timestamp()
     out_uri = storage.absolute(job.output.uri)
+    drains = DrainWatch(out_uri)
 
     def ended(exit_code: int, message: str) -> None:
         if task.stamp:
@@ -145,7 +145,7 @@ def _run(job: JobSpec, taken: Taken, task: BatchTask, cluster_of: Callable[[Acce
     if task.stamp:
         Path(METRICS).write_text(json.dumps(result.to_dict(), indent=1))
     # A driver that was told to end because its machine goes is to go on elsewhere; one whose job was cancelled is not.
-    if result.state != "drained" or drain_asked_since(out_uri, began_at):
+    if result.state != "drained" or drains.asked():
         ended(result.exit_code, f"{result.state}: see `tokenmill report {out_uri}`")
     return result.exit_code
 
@@ -153,7 +153,7 @@ def _run(job: JobSpec, taken: Taken, task: BatchTask, cluster_of: Callable[[Acce
 def _cluster(accepted: Accepted, task: BatchTask, listen: str) -> Cluster:
     job, out_uri = accepted.job, accepted.out_uri
     endpoint = str(job.cluster.endpoint)
-    batch_run.store_job_file(job, out_uri)
+    batch_run.store_job_file(job)
     cluster = BatchCluster(
         account=BatchAccount(endpoint),
         order=batch_run.order_for(job, task.stamp),

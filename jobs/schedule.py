@@ -15,6 +15,7 @@ from jobs.cluster.batch_account import recorded
 from jobs.status import read_status
 from jobs.submission import check_kind
 from jobs.submission import check_pools
+from jobs.submission import nodes_tasks
 from pipeline import storage
 from schemas.batch import ScheduleSpec
 from schemas.errors import JobError
@@ -30,11 +31,12 @@ def create(job: JobSpec, account: BatchAccount | None = None) -> list[str]:
     """Returns what to tell the user. Raises JobError."""
     when = _when(job)
     storage.use(job.storage)
+    name, order = schedule_id(job), batch_run.order_for(job, batch_run.stamp(time.time()))
+    nodes_tasks(order, job, name)  # what its runs' drivers could not ask for is refused here
     account = account or BatchAccount(str(job.cluster.endpoint))
     notes = check_pools(account, job)
-    batch_run.store_job_file(job, job.output.uri)
-    name = schedule_id(job)
-    account.create_schedule(azure_batch.job_schedule(batch_run.order_for(job, batch_run.stamp(time.time())), name, when))
+    batch_run.store_job_file(job)
+    account.create_schedule(azure_batch.job_schedule(order, name, when))
     first = "now" if when.first is None else f"{when.first:%Y-%m-%d %H:%M %Z}"
     return [
         *notes,
@@ -48,6 +50,7 @@ def requests_of(job: JobSpec, now: float) -> dict[str, Any]:
     when = _when(job)
     storage.use(job.storage)
     order, name = batch_run.order_for(job, batch_run.stamp(now)), schedule_id(job)
+    nodes_tasks(order, job, name)
     return {
         "stored": {order.job_file: json.loads(batch_run.job_file_data(job))},
         "sent_by_schedule_create": recorded(

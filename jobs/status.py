@@ -15,6 +15,7 @@ from typing import Any
 
 from jobs.accept import committed_units
 from jobs.accept import load_job_of
+from jobs.drain import ask_to_drain as ask_to_drain
 from jobs.driver import Progress
 from jobs.plan import Plan
 from jobs.progress import Speed
@@ -34,6 +35,9 @@ _SAID: dict[str, tuple[type, ...]] = {
 """What is read of status.json, which anybody may have written."""
 GOES_ON = ("starting", "running", "draining")
 """States in which a driver is at work."""
+_MAY_RUN = (*GOES_ON, "new", "interrupted")
+LATEST = f"{layout.BATCH}/latest.json"
+"""See jobs.batch_run.Latest."""
 _MAX_EXAMPLES = 3
 _HICCUP_S = 60.0
 """Stores that throttle, or move a partition, answer again within seconds."""
@@ -202,13 +206,28 @@ def _said(out_uri: str) -> dict[str, Any]:
 
 
 def cancel(out_uri: str) -> str:
-    """Ask the job's driver to drain; it looks every few seconds. Returns the job's state. Raises JobError where there is no job."""
+    """Ask the job's driver to drain; it looks every few seconds. Returns the job's state. Raises JobError where there is no job.
+
+    Asks also where none seems to be at work: it may not have spoken yet, or this machine's clock may be off. No later run heeds it.
+    """
     status = read_status(out_uri)
-    if status.state in GOES_ON:
+    if status.state in _MAY_RUN:
         ask_to_drain(status.out_uri)
     return status.state
 
 
-def ask_to_drain(out_uri: str) -> None:
-    """Whatever runs there, or was started and has not said so yet; what is started later does not heed it."""
-    storage.replace(storage.join(storage.absolute(out_uri), layout.DRAIN), repr(time.time()).encode())
+def cancel_words(state: str) -> str:
+    """For people: what came of `cancel`, given the state that it returned."""
+    if state in GOES_ON:
+        return "asked to drain; `tokenmill status` shows when it has"
+    if state in _MAY_RUN:
+        return f"the job is {state}: no driver has spoken of late, by this machine's clock. Asked to drain, in case one is at work"
+    return f"nothing to cancel: the job is {state}"
+
+
+def on_batch(out_uri: str) -> bool:
+    """Whether a run on Azure Batch was submitted that writes there; jobs.batch_standing knows how it stands."""
+    try:
+        return storage.exists(storage.join(storage.absolute(out_uri), LATEST))
+    except OSError:
+        return False  # whoever reads the status then says why

@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from jobs import batch_run
 from jobs.batch_run import Latest
+from jobs.batch_standing import silent_end
 from jobs.cluster import azure_batch
 from jobs.cluster.azure_batch import DRIVER_TASK
 from jobs.cluster.azure_batch import Order
@@ -19,6 +21,7 @@ from jobs.cluster.batch_account import recorded
 from jobs.cluster.batch_advice import pool_problem
 from jobs.cluster.batch_advice import resize_problems
 from jobs.cluster.batch_nodes import create_numbered
+from jobs.drain import drain_request
 from jobs.progress import seconds_words
 from jobs.status import read_status
 from pipeline import handover
@@ -49,9 +52,10 @@ def submit(job: JobSpec, account: BatchAccount | None = None) -> Submitted:
     account = account or BatchAccount(str(job.cluster.endpoint))
     order = batch_run.order_for(job, batch_run.stamp(time.time()))
     wanted = batch_run.job_id_of(job)
-    _nodes_tasks(order, job, wanted)  # what the driver could not ask for is refused here
+    nodes_tasks(order, job, wanted)  # what the driver could not ask for is refused here
     notes = check_pools(account, job)
-    batch_run.store_job_file(job, out_uri)
+    batch_run.store_job_file(job)
+    order = replace(order, drain_before=_drain_request(out_uri))
     job_id, created = create_numbered(account, wanted, lambda name: account.create_job(azure_batch.driver_job(order, name)))
     if not created:
         raise JobError(
@@ -90,7 +94,7 @@ def requests_of(job: JobSpec, now: float) -> dict[str, Any]:
 
     def by_driver(account: BatchAccount) -> None:
         account.create_job(azure_batch.nodes_job(order, nodes_id))
-        account.add_tasks(nodes_id, _nodes_tasks(order, job, job_id))
+        account.add_tasks(nodes_id, nodes_tasks(order, job, job_id))
         account.update_job(nodes_id, azure_batch.end_with_tasks())
 
     endpoint = str(job.cluster.endpoint)
@@ -101,9 +105,17 @@ def requests_of(job: JobSpec, now: float) -> dict[str, Any]:
     }
 
 
-def _nodes_tasks(order: Order, job: JobSpec, job_id: str) -> list[Any]:
+def nodes_tasks(order: Order, job: JobSpec, job_id: str) -> list[Any]:
+    """What the driver of a job of this id asks for. Raises JobError where Batch could not run that."""
     rendezvous, keys = batch_run.rendezvous(job.output.uri), handover.place(str(job.cluster.keys), job_id)
     return azure_batch.node_tasks(order, f"{job_id}-nodes", rendezvous=rendezvous, keys=keys)
+
+
+def _drain_request(out_uri: str) -> str:
+    try:
+        return drain_request(out_uri)
+    except OSError as error:
+        raise JobError(f"output.uri: cannot read in {out_uri}: {error}") from error
 
 
 def _ignore(_: object) -> None:
@@ -135,15 +147,13 @@ def _look(submitted: Submitted, account: BatchAccount) -> tuple[str, int | None]
     if standing is not None:
         return standing, None
     driver = next((task for task in account.tasks(submitted.job_id) if task.id == DRIVER_TASK), None)
-    how = "never started" if driver is None else driver.failure or f"ended with exit code {driver.exit_code}"
-    words = f"job {submitted.job_id} is over and its driver said nothing: it {how}; see `tokenmill logs {submitted.out_uri}`"
-    return words, EXIT_UNITS_FAILED
+    return silent_end(submitted.job_id, driver, submitted.out_uri), EXIT_UNITS_FAILED
 
 
 def _standing(submitted: Submitted, account: BatchAccount) -> str | None:
     """How the job stands, in a line; None once Batch says that it is over."""
     job = account.job(submitted.job_id)
-    if job is None or job.state in ("completed", "terminating", "deleting"):
+    if job is None or job.is_over:
         return None
     try:
         status = read_status(submitted.out_uri)

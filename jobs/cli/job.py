@@ -115,7 +115,7 @@ def verify(output: str, as_json: bool) -> None:
 @click.option("--watch", is_flag=True, help="Go on showing it, live, until it ends.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def status(output: str, watch: bool, as_json: bool) -> None:
-    """Say how the job that writes to OUTPUT stands, from storage alone.
+    """Say how the job that writes to OUTPUT stands, from storage alone; of one on Azure Batch also what Batch says.
 
     \b
     Examples:
@@ -124,21 +124,38 @@ def status(output: str, watch: bool, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
+    from jobs.status import on_batch
+
     if watch:
         from jobs.handle import attach
 
+        if on_batch(output):
+            from jobs.batch_standing import wait_for_driver
+
+            wait_for_driver(output, click.echo)
         job = attach(output).wait()
         raise click.exceptions.Exit(0 if job.status().state == "complete" else EXIT_UNITS_FAILED)
 
     from jobs.progress import seconds_words
     from jobs.status import read_status
 
-    found = read_status(output)
+    standing = None
+    if on_batch(output):
+        from jobs.batch_standing import status_of  # loads Azure's SDK
+
+        found, standing = status_of(output)
+    else:
+        found = read_status(output)
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=1))
+        more = {} if standing is None else {"batch": asdict(standing)}
+        click.echo(json.dumps({**asdict(found), **more}, indent=1))
         return
-    click.echo(f"{found.name} ({found.fingerprint[:8]}): {found.state}")
-    click.echo(f"{found.rows_done:,} of {found.rows:,} rows and {found.units_done} of {found.units} units are committed in {found.out_uri}")
+    if not found.fingerprint:
+        click.echo(f"{found.name}: {found.state}\nno plan is stored in {found.out_uri} yet")
+    else:
+        click.echo(f"{found.name} ({found.fingerprint[:8]}): {found.state}")
+        done = f"{found.rows_done:,} of {found.rows:,} rows and {found.units_done} of {found.units} units"
+        click.echo(f"{done} are committed in {found.out_uri}")
     said = found.said
     if said and found.age_s is not None:
         eta = "" if said["eta_s"] is None else f", ETA {seconds_words(said['eta_s'])}"
@@ -148,25 +165,31 @@ def status(output: str, watch: bool, as_json: bool) -> None:
         )
         for unit, reason in said["failed_units"].items():
             click.echo(f"unit {unit} failed: {reason}")
+    if standing is not None:
+        click.echo(standing.words)
 
 
 @main.command()
 @click.argument("output")
 @storage_option
 def cancel(output: str) -> None:
-    """Ask the job that writes to OUTPUT to drain: units in flight are finished and committed.
+    """Ask the job that writes to OUTPUT to drain: units in flight are finished and committed. On Azure Batch from its submit on.
 
     \b
     Example:
       tokenmill cancel out/
     """
     from jobs.status import cancel as cancel_job
+    from jobs.status import cancel_words
+    from jobs.status import on_batch
 
-    state = cancel_job(output)
-    if state in ("starting", "running", "draining"):
-        click.echo("asked to drain; `tokenmill status` shows when it has")
-    else:
-        click.echo(f"nothing to cancel: the job is {state}")
+    if not on_batch(output):
+        click.echo(cancel_words(cancel_job(output)))
+        return
+    from jobs.batch_standing import cancel as cancel_on_batch  # loads Azure's SDK
+
+    for line in cancel_on_batch(output):
+        click.echo(line)
 
 
 @main.command()

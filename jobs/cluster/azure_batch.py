@@ -13,6 +13,8 @@ from datetime import timedelta
 
 from azure.batch import models
 
+from jobs.drain import DRAIN_BEFORE
+from jobs.drain import NO_DRAIN
 from schemas.batch import ScheduleSpec
 from schemas.batch import duration
 from schemas.errors import JobError
@@ -29,8 +31,9 @@ _KEPT = timedelta(days=1)
 """A task's files on its node; what matters of them is uploaded when it ends."""
 _DRIVER_RETRIES = 3
 """After the driver's process died. One that ended by itself left its exit code in storage, and ends again at once with the same."""
-_NODE_RETRIES = 5
-"""After a worker's process died. What Batch itself takes away (spot, a broken host) is put back into the queue and not counted."""
+_NODE_RETRIES = 1
+"""After a worker's process died. What Batch itself takes away (spot, a broken host) is put back into the queue and not counted. One
+that found model or engine wrong does so again, minutes of an ND node later, and Batch knows no exit code after which it would not try."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,8 @@ class Order:
     """Folder in it."""
     stamp: str
     """When it was submitted. A job that was deleted and submitted again has its old id, and must not be taken for the old one."""
+    drain_before: str = NO_DRAIN
+    """Names the request to drain that lay in the output then. Of a younger one every start of the driver is to hear."""
 
 
 def driver_job(order: Order, job_id: str) -> models.BatchJobCreateOptions:
@@ -72,7 +77,7 @@ def job_schedule(order: Order, schedule_id: str, when: ScheduleSpec) -> models.B
         job_specification=models.BatchJobSpecification(
             pool_info=models.BatchPoolInfo(pool_id=order.cluster.driver_pool),
             constraints=models.BatchJobConstraints(max_wall_clock_time=_at_most(order)),
-            # The path cannot name the run's own job, which Batch names at its time: these are the latest run's.
+            # The path cannot name the run's own job, which Batch names at its time: these are the latest run's. Drivers keep their own.
             job_manager_task=_manager(order, command, f"{order.logs_path}/{schedule_id}/{DRIVER_TASK}"),
         ),
     )
@@ -112,12 +117,14 @@ def end_with_tasks() -> models.BatchJobUpdateOptions:
 
 
 def _manager(order: Order, command: list[str], logs: str) -> models.BatchJobManagerTask:
+    own = {STAMP: order.stamp, DRAIN_BEFORE: order.drain_before}
+    environment = [*_environment(order), *(models.EnvironmentSetting(name=name, value=value) for name, value in own.items())]
     return models.BatchJobManagerTask(
         id=DRIVER_TASK,
         command_line=_command(command),
         container_settings=_container(order, ""),
         user_identity=_user(),
-        environment_settings=[*_environment(order), models.EnvironmentSetting(name=STAMP, value=order.stamp)],
+        environment_settings=environment,
         resource_files=[_job_file(order)],
         output_files=[_logs(order, logs, "../std*.txt"), _logs(order, logs, METRICS.replace(".", "*."))],
         constraints=_constraints(order, _DRIVER_RETRIES),

@@ -50,6 +50,10 @@ class BatchJobState:
     reason: str | None
     """Why it is over."""
 
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("completed", "terminating", "deleting")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleState:

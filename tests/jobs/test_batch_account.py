@@ -45,6 +45,7 @@ from tests.batch_http import Site
 from tests.batch_http import serving
 from tests.batch_service import Refused
 from tests.batch_service import Service
+from tests.commands import wait_until
 from tests.jobs.batch_jobs import IDENTITY
 from tests.jobs.batch_jobs import batch_job
 
@@ -184,6 +185,19 @@ def test_nodes_are_asked_for_once_however_often_the_driver_starts(account: Batch
     account.end_job("night-1-nodes")
     account.end_job("night-1-nodes")  # over, or gone: nothing happens
     account.end_job("night-2-nodes")
+
+
+def test_a_worker_that_ends_by_itself_is_started_once_more_and_no_oftener(account: BatchAccount, service: Service) -> None:
+    """A model or an engine that it finds wrong, it finds wrong again, minutes of an ND node later."""
+    service.add_pool("nd-h100", nodes=1, identity=IDENTITY)
+    order = an_order(nodes=1)
+    account.create_job(azure_batch.nodes_job(order, "night-1-nodes"))
+    (task,) = azure_batch.node_tasks(order, "night-1-nodes", rendezvous="az://results/r", keys="az://k/night-1")
+    task.command_line, task.resource_files, task.output_files = "sh -c 'exit 2'", [], []
+    account.add_tasks("night-1-nodes", [task])
+    node = service.jobs["night-1-nodes"].tasks["node-0000"]
+    wait_until(lambda: node.state == "completed", "the end of its task")
+    assert (node.starts, node.exit_code) == (2, 2)
 
 
 def test_a_job_that_should_end_with_its_tasks_would_end_at_once_if_it_said_so_before_it_has_any(

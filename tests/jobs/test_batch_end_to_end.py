@@ -58,10 +58,10 @@ class Place:
         with self.azurite.client() as client, client.get_blob_client(self.inputs, name) as blob:
             blob.upload_blob(buffer.getvalue(), overwrite=True)
 
-    def run(self, *arguments: str) -> Command:
+    def run(self, *arguments: str, **environment: str) -> Command:
         path = self.folder / "job.yaml"
         path.write_text(yaml.safe_dump(self.job))
-        return Command(self.folder / "commands", *arguments, environment=self.site.environment)
+        return Command(self.folder / "commands", *arguments, environment={**self.site.environment, **environment})
 
     def job_of(self, ending: str) -> Job | None:
         return next((job for name, job in self.site.service.jobs.items() if name.endswith(ending)), None)
@@ -198,6 +198,28 @@ def test_a_cancelled_job_drains_is_not_started_again_and_goes_on_when_submitted_
     proven(f"az://{place.out}/run", _ROWS)
 
 
+def test_a_job_that_is_cancelled_while_its_driver_waits_for_a_machine_is_never_begun(place: Place) -> None:
+    """Also by somebody who has the store and no way to ask Batch."""
+    (machine,) = place.site.service.pools["driver"].nodes
+    machine.state = "preempted"
+    place.put("a.parquet", 0, 40)
+    command = place.run("submit", "../job.yaml")
+    assert command.end() == 0, command.log
+    status = place.run("status", f"az://{place.out}/run")
+    assert status.end() == 0, status.log
+    assert "is allocating: its driver waits for a machine" in status.log
+    cancel = place.run("cancel", f"az://{place.out}/run", IDENTITY_HEADER="wrong", AZURE_TOKEN_CREDENTIALS="prod")
+    assert cancel.end() == 0, cancel.log
+    assert "Azure Batch could not be asked" in cancel.log
+    place.site.service.restore()
+    driver = place.task("night-" + command.log.split("job night-")[1].split()[0], "driver")
+    place.wait_for("Batch has done with the driver", lambda: driver.state == "completed")
+    assert (driver.exit_code, place.job_of("-nodes"), place.committed()) == (130, None, 0)
+    again = place.run("submit", "../job.yaml", "--wait")
+    assert again.end() == 0, place.all_logs()
+    proven(f"az://{place.out}/run", 40)
+
+
 def test_each_run_of_a_schedule_takes_only_what_no_run_before_it_took(place: Place) -> None:
     service = place.site.service
     place.job["schedule"] = {"every": "1d"}
@@ -230,6 +252,9 @@ def test_each_run_of_a_schedule_takes_only_what_no_run_before_it_took(place: Pla
     said = place.run("logs", f"az://{place.out}/run/{first.folder}")
     assert said.end() == 0, said.log
     assert "complete: 40 of 40 rows" in said.log
+    for folder in (first.folder, lines[2].split(": ")[0]):
+        kept = [name for name in place.azurite.names(place.out) if name.startswith(f"run/{folder}/")]
+        assert any(name.endswith("/driver/metrics.json") for name in kept), kept
     for verb, state in (("pause", "disabled"), ("resume", "active")):
         done = place.run("schedule", verb, "../job.yaml")
         assert done.end() == 0, done.log

@@ -19,12 +19,16 @@ from jobs.cli import main
 from jobs.cluster.azure_batch import node_tasks
 from jobs.cluster.batch_account import BatchAccount
 from jobs.cluster.batch_account import recorded
+from jobs.schedule import create
 from jobs.schedule import requests_of as schedule_requests
 from jobs.submission import requests_of
+from jobs.submission import submit
 from schemas.errors import JobError
+from schemas.job import JobSpec
 from schemas.job import parse_job
 from tests.jobs.batch_jobs import batch_job
 
+pytestmark = pytest.mark.batch
 _GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "batch"
 _NOW = 1_796_000_000.0
 _ENDPOINT = "https://mill.westeurope.batch.azure.com"
@@ -47,6 +51,12 @@ def test_what_schedule_create_sends() -> None:
     check("schedule", schedule_requests(parse_job(batch_job(schedule=when)), _NOW))
 
 
+def look_at_a_schedule(account: BatchAccount) -> None:
+    """The recorder's answer is empty, and so none of ours."""
+    with pytest.raises(JobError, match="is a schedule, but none that"):
+        account.schedule("night-1")
+
+
 _CALLS: dict[str, Callable[[BatchAccount], Any]] = {
     "end_job": lambda account: account.end_job("night-1-nodes"),
     "end_task": lambda account: account.end_task("night-1-nodes", "node-0003"),
@@ -58,6 +68,7 @@ _CALLS: dict[str, Callable[[BatchAccount], Any]] = {
         account.job("night-1"),
         account.tasks("night-1"),
         account.schedules(),
+        look_at_a_schedule(account),
         account.schedule_jobs("night-1"),
         account.read_file("night-1", "driver", "stdout.txt"),
     ],
@@ -101,6 +112,14 @@ def test_a_name_that_a_command_line_would_tear_apart_is_refused() -> None:
     order = batch_run.order_for(job, "now")
     with pytest.raises(JobError, match="torn apart"):
         node_tasks(order, "j", rendezvous="az://results/two words", keys="az://k")
+
+
+@pytest.mark.parametrize("ask", [submit, create, lambda job: requests_of(job, _NOW), lambda job: schedule_requests(job, _NOW)])
+def test_an_output_that_a_drivers_command_line_would_tear_apart_is_refused_before_anything_is_stored(ask: Callable[[JobSpec], Any]) -> None:
+    """Found by the driver, it would fail every night."""
+    job = parse_job(batch_job(output={"uri": "az://results/two words"}, schedule={"every": "1d"}))
+    with pytest.raises(JobError, match="torn apart"):  # without a store or a service in reach
+        ask(job)
 
 
 def test_dry_run_prints_the_requests_and_sends_nothing(tmp_path: Path) -> None:

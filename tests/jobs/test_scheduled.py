@@ -16,6 +16,7 @@ from jobs.verify import verify
 from schemas.errors import JobError
 from schemas.job import JobSpec
 
+pytestmark = pytest.mark.batch
 _NIGHT = datetime(2026, 12, 1, 2, 30, tzinfo=UTC)
 
 

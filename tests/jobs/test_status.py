@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,7 @@ from jobs.progress import Speed
 from jobs.status import STALE_AFTER_S
 from jobs.status import StatusReader
 from jobs.status import cancel
+from jobs.status import cancel_words
 from jobs.status import read_status
 from jobs.status import write_status
 from schemas import layout
@@ -201,6 +204,15 @@ def test_cancel_leaves_a_job_that_has_ended_alone(begun: Path, state: State) -> 
     write_status(str(begun), progress(state), Speed())
     assert cancel(str(begun)) == state
     assert not (begun / layout.DRAIN).exists()
+
+
+def test_cancel_asks_also_where_nobody_seems_to_be_at_work(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(str(begun), progress("running"), Speed())
+    ahead = time.time() + 3600
+    monkeypatch.setattr("jobs.status.time", SimpleNamespace(time=lambda: ahead))  # this machine's clock, not the driver's
+    assert cancel(str(begun)) == "interrupted"
+    assert (begun / layout.DRAIN).exists()
+    assert cancel_words("interrupted").endswith("Asked to drain, in case one is at work")
 
 
 def test_an_earlier_cancel_does_not_stop_the_next_run(begun: Path, make_job: MakeJob) -> None:
