@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -287,3 +289,42 @@ def test_a_half_fetched_model_is_never_taken_for_a_whole_one(remote: str, cache:
     with pytest.raises(ConnectionResetError):
         resolve_model(remote)
     assert resolve_model(remote).weights_bytes > 0
+
+
+_FETCH = """
+import sys, time
+from pathlib import Path
+from pipeline import model, storage
+
+here, uri, me = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+class Lock(model.FileLock):
+    def __enter__(self):
+        (here / f"before-{me}").touch()
+        return super().__enter__()
+
+def read(uri, opened=storage.open_read):
+    deadline = time.monotonic() + 60
+    while len(list(here.glob("before-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)  # until the other process wants the model, too
+    with (here / "reads").open("a") as reads:
+        reads.write(uri + "\\n")
+    return opened(uri)
+
+model.FileLock, storage.open_read = Lock, read
+print(model._fetch(uri))
+"""
+"""One of a node's workers. The store is a folder, which `_fetch` takes as any other."""
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_node_that_want_one_model_at_once_read_the_store_once(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    words = [sys.executable, "-c", _FETCH, str(here), str(tiny_model)]
+    both = [subprocess.Popen([*words, name], stdout=subprocess.PIPE, text=True) for name in ("one", "other")]
+    said = [process.communicate()[0].strip() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == said[1] == str(next(path for path in (cache / "models").iterdir() if path.is_dir()))
+    assert sorted((here / "reads").read_text().split()) == sorted(str(path) for path in tiny_model.iterdir())
+    assert sorted(path.name for path in Path(said[0]).iterdir()) == sorted(path.name for path in tiny_model.iterdir())
