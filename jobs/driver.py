@@ -403,7 +403,8 @@ class Driver:
             report, outcome = UnitReport(**result["report"]), result["outcome"]
             answered = 0 if outcome == "already" else report.rows - report.resumed_rows - report.reused_rows - report.error_rows
             self._load.take(flight.on, flight.rows, answered_rows=max(0, answered), by=report.worker)
-            self._took_s.append(self._clock() - flight.since)
+            if outcome != "already" and not report.resumed_rows and not self._tries[index].losses:
+                self._took_s.append(self._clock() - flight.since)  # of what was begun before this says nothing
             self._rows_left -= flight.unit.num_rows
             self._take_report(report, outcome)
 

@@ -104,9 +104,9 @@ def print_summary(result: RunResult, console: Console, resume_command: str) -> N
             "copied", f"{run.copied_rows:,} rows, {run.copied_tokens:,} output tokens: as identical rows came out (engine.ordering)"
         )
     if run.cached_prompt_tokens:
-        share = run.cached_prompt_tokens / run.prompt_tokens
+        found = run.cached_prompt_tokens / run.prompt_tokens
         table.add_row(
-            "shared", f"{run.cached_prompt_tokens:,} prompt tokens ({share:.0%}) of rows that begin like others: from the prefix cache"
+            "shared", f"{run.cached_prompt_tokens:,} prompt tokens ({found:.0%}) of rows that begin like others: from the prefix cache"
         )
     if run.reused_rows:
         table.add_row("reused", f"{run.reused_rows:,} rows, {run.reused_tokens:,} output tokens: as earlier outputs have them (reuse)")

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 TOKENMILL = str(Path(sys.executable).with_name("tokenmill"))
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
 """Nothing waits for a time to pass, only for things to happen; this is when a test gives up waiting."""
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings
 from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer
@@ -26,6 +28,9 @@ from schemas.job import JobSpec
 from schemas.job import parse_job
 from tests.azurite import azurite as azurite
 from tests.azurite import container as container
+
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")  # a busy machine pauses for longer than any deadline
 
 TINY_MAX_LEN = 512
 _SPECIALS = ["<s>", "</s>", "<|user|>", "<|system|>", "<|assistant|>"]

@@ -60,7 +60,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(table: Path, output: Path, model: str, *flags: str) -> dict[str, Any]:
-    command = [sys.executable, str(_RAW), "--input", str(table), "--output", str(output), "--model", model, "--max-tokens", str(_MAX_TOKENS)]
+    command = [
+        sys.executable,
+        str(_RAW),
+        "--input",
+        str(table),
+        "--output",
+        str(output),
+        "--model",
+        model,
+        "--max-tokens",
+        str(_MAX_TOKENS),
+    ]
     environment = {**our_environment(os.environ), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

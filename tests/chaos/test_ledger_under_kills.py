@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 _START_S = 3.0
 _ROWS, _TOKENS = 480, 16
+_UNIT_ROWS = 16
 _MESSAGE_S = 2.0
 """When a process began is known by the quickest message from it; on a busy machine that may be this late."""
 
@@ -104,10 +105,14 @@ def test_a_killed_replicas_seconds_are_not_forgotten(job: Path) -> None:
     for replica in (killed, other):
         spent(replica, began_at[replica.name], job, account)
         assert replica.seconds["busy"] > 0
+    unheard = len(parts(job)) - account.units  # committed with its last breath, before the driver heard of it
+    assert 0 <= unheard <= 2
+    assert account.rows == _ROWS - _UNIT_ROWS * unheard
+    assert account.output_tokens == account.rows * _TOKENS
     # Every token once: what a dead process had answered and not committed may be copied from its node's answers.
-    assert account.output_tokens == _ROWS * _TOKENS
-    assert killed.output_tokens + other.output_tokens + account.copied_tokens == _ROWS * _TOKENS
-    assert killed.generated_tokens + other.generated_tokens >= _ROWS * _TOKENS - account.copied_tokens
+    told = killed.output_tokens + other.output_tokens + account.copied_tokens
+    assert account.output_tokens <= told <= _ROWS * _TOKENS
+    assert killed.generated_tokens + other.generated_tokens >= account.output_tokens - account.copied_tokens
 
 
 def test_a_killed_drivers_last_word_and_the_next_runs_account_make_the_report(job: Path) -> None:
@@ -148,7 +153,11 @@ def test_a_run_that_is_told_to_go_keeps_what_its_replicas_saved(job: Path) -> No
     again = start(job)
     assert again.end() == 0, again.log
     both = report(str(job.parent / "out"))
-    assert both.output_tokens == _ROWS * _TOKENS
-    assert both.unknown == ()
+    done = len(parts(job))
+    unheard = done - sum(run.units for run in both.runs)  # committed in the moment in which its replica went
+    assert 0 <= unheard <= 4
+    assert [f"{unheard} of {done} committed units" in sentence for sentence in both.unknown] == [True] * (unheard > 0)
+    assert both.output_tokens == (_ROWS - _UNIT_ROWS * unheard) * _TOKENS
     copied = sum(run.copied_tokens for run in both.runs)
-    assert sum(replica.output_tokens for replica in both.replicas) + copied == _ROWS * _TOKENS
+    told = sum(replica.output_tokens for replica in both.replicas) + copied
+    assert both.output_tokens <= told <= _ROWS * _TOKENS

@@ -45,7 +45,7 @@ from tests.conftest import build_tiny_model
 
 pytestmark = [pytest.mark.chaos, pytest.mark.azurite, pytest.mark.long]
 
-_PATIENCE_S = 90.0
+_PATIENCE_S = 180.0
 _OPTIONS = {"decode_tokens_per_s": 240, "prefill_tokens_per_s": 1e6, "max_num_seqs": 5, "lengths": "max"}
 _UNIT_ROWS = 16
 """Of a table of fewer than 512 rows. A unit of 160 tokens a row takes a replica 11 s, and twice that beside another one."""
@@ -300,7 +300,8 @@ def test_a_killed_scheduler_costs_no_engine_and_the_driver_goes_on(
     after = site.members()
     assert pids(after) == pids(members)
     repeated = repeated_rows(job, members, after)
-    assert repeated == 0, run.log  # every unit is sent to the replica that never stopped working on it
+    doubled = run.log.count("is run a second time")  # of two copies of a unit that holds up the end one is in vain
+    assert 0 <= repeated <= doubled * _UNIT_ROWS, run.log  # else every unit is sent to the replica that never stopped working on it
     first = min(report.finished_at for report in job.reports() if report.finished_at > restarted_at)
     up_s, first_s = restarted_at - killed_at, first - killed_at
     tell("scheduler killed", job, repeated, new_one_up_after=up_s, first_commit_then_after=first_s)

@@ -124,7 +124,8 @@ def test_an_index_cut_short_by_a_kill_is_made_anew(site: Site) -> None:
 
 def test_units_that_a_machine_hands_back_take_their_rows_over_again(site: Site) -> None:
     """On SIGTERM, units in flight save what they have generated; what was taken over is counted once, and as that."""
-    site.write("new", _EDITED, engine=_SLOW, reuse=[str(site.out("old"))], cluster={"kind": "local", "replicas": 1})
+    engine = {**_SLOW, "decode_tokens_per_s": 12}
+    site.write("new", _EDITED, engine=engine, reuse=[str(site.out("old"))], cluster={"kind": "local", "replicas": 1})
     started = Command(site.folder, "run", site.job("new").name)
     try:
         started.wait_for("a part", lambda: site.parts() >= 1)

@@ -178,7 +178,7 @@ def test_a_taken_node_and_a_killed_driver_come_back_and_no_row_is_lost(place: Pl
 
 
 def test_a_cancelled_job_drains_is_not_started_again_and_goes_on_when_submitted_again(place: Place) -> None:
-    place.job["engine"]["options"] = {**_ENGINE, "decode_tokens_per_s": 25}
+    place.job["engine"]["options"] = {**_ENGINE, "decode_tokens_per_s": 12}
     place.put("a.parquet", 0)
     command = place.run("submit", "../job.yaml", "--wait")
     place.wait_for("a unit is committed", lambda: place.committed() >= 1)

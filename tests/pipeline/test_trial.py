@@ -172,8 +172,11 @@ def test_a_replica_that_dies_is_an_error_with_its_cause(model: Model) -> None:
 
 def test_a_replica_that_hangs_is_ended_when_the_time_is_over(model: Model) -> None:
     deadly = [Request(position=1, token_ids=[0, 250], sampling=Sampling(max_tokens=4))]
-    with pytest.raises(EngineDead, match="not done within the time limit"):
-        run_trial(simulated(hangs_on_token=250), model, "simulated", deadly, timeout_s=5)
+    with (
+        Replicas(simulated(hangs_on_token=250), model, "simulated", timeout_s=60) as replicas,
+        pytest.raises(EngineDead, match="not done within the time limit"),
+    ):
+        replicas.run(deadly, timeout_s=5)
 
 
 def test_a_row_that_the_engine_refuses_is_named(model: Model) -> None:
