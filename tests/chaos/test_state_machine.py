@@ -59,7 +59,6 @@ from schemas.job import JobSpec
 from schemas.job import SimulatedOptions
 from schemas.job import parse_job
 from schemas.manifest import META_REPORT
-from schemas.manifest import META_REPORT
 from schemas.unit import WorkUnit
 from tests.chaos.checker import History
 from tests.chaos.checker import check
@@ -299,13 +298,6 @@ class Job(RuleBasedStateMachine):
         for key, value in sections.items():
             data[key] = {**data[key], **value}
         return parse_job(data)
-
-    def parts_are_the_manifests(self) -> bool:
-        """Not where a part was deleted once the job was closed, and made again by a driver that had come up before."""
-        manifest = pq.read_table(io.BytesIO(self.fs.cat_file(f"{self.root}/out/{layout.MANIFEST}")))
-        parts = [io.BytesIO(self.fs.cat_file(name)) for name in sorted(self.fs.glob(f"{self.root}/out/part-*.parquet"))]
-        attempts = [json.loads(pq.read_metadata(part).metadata[META_REPORT])["attempt"] for part in parts]
-        return bool(attempts == manifest["attempt"].to_pylist())
 
     def parts_are_the_manifests(self) -> bool:
         """Not where a part was deleted once the job was closed, and made again by a driver that had come up before."""
