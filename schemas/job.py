@@ -291,7 +291,8 @@ class LimitsSpec(Frozen):
     attempts: int = Field(default=3, ge=1)
     """How often a unit of work is tried before it is reported as failed."""
     engine_silence_s: float = Field(default=300.0, gt=0)
-    """An engine that has rows and makes no step for so many seconds hangs: its process is ended and started again."""
+    """An engine that has rows, and for so many seconds neither makes a token nor ends a row, hangs: its process is ended and started
+    again. A single prompt may not take longer to read."""
     error_rows: int | None = Field(default=None, ge=0)
     """Start no further work, and end with exit code 3, once more rows than this came out as errors in one run."""
     quality: QualitySpec | None = None
