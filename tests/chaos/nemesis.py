@@ -19,6 +19,7 @@ Target = Literal["worker", "engine", "node", "scheduler", "driver"]
 Kind = Literal["SIGKILL", "SIGTERM", "SIGSTOP"]
 
 KINDS: tuple[Kind, ...] = ("SIGKILL", "SIGTERM", "SIGSTOP")
+TARGETS: tuple[Target, ...] = ("worker", "engine", "node", "scheduler", "driver")
 _WEIGHTS: dict[tuple[Kind, Target], int] = {
     ("SIGKILL", "worker"): 5,
     ("SIGTERM", "worker"): 3,
@@ -64,9 +65,15 @@ def role_of(process: psutil.Process) -> Target | None:
 class Nemesis:
     """Strikes at processes below `roots`. Owns those it has stopped, and whatever it ever saw."""
 
-    def __init__(self, roots: Callable[[], list[int]], moments: random.Random, kinds: Collection[Kind] = KINDS) -> None:
+    def __init__(
+        self,
+        roots: Callable[[], list[int]],
+        moments: random.Random,
+        kinds: Collection[Kind] = KINDS,
+        targets: Collection[Target] = TARGETS,
+    ) -> None:
         """`roots` gives the ids of the processes that were started last and still run."""
-        self._roots, self._moments, self._kinds = roots, moments, kinds
+        self._roots, self._moments, self._kinds, self._targets = roots, moments, kinds, targets
         self._seen: dict[tuple[int, float], psutil.Process] = {}
         self._stopped: list[tuple[float, int, psutil.Process]] = []
         self.faults: list[Fault] = []
@@ -83,6 +90,7 @@ class Nemesis:
         """One fault of those possible now, or the one wanted, at one process of those there; None where there is nobody."""
         there = self.look()
         stopped = {process.pid for _, _, process in self._stopped}
+        there = {target: processes for target, processes in there.items() if target in self._targets}
         victims = {target: [process for process in processes if process.pid not in stopped] for target, processes in there.items()}
         possible = [choice for choice in _WEIGHTS if choice[0] in self._kinds and victims.get(choice[1])]
         possible = [choice for choice in possible if wanted in (None, choice)]

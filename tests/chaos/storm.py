@@ -56,9 +56,11 @@ from schemas import layout
 from tests.chaos.checker import History
 from tests.chaos.checker import check
 from tests.chaos.nemesis import KINDS
+from tests.chaos.nemesis import TARGETS
 from tests.chaos.nemesis import Fault
 from tests.chaos.nemesis import Kind
 from tests.chaos.nemesis import Nemesis
+from tests.chaos.nemesis import Target
 from tests.chaos.nodes import Site
 from tests.chaos.test_processes import Running
 from tests.conftest import build_tiny_model
@@ -186,10 +188,12 @@ class Storm:
         seed: int,
         out: Console,
         kinds: Sequence[Kind] = KINDS,
+        targets: Sequence[Target] = TARGETS,
         profile: Path | None = None,
     ) -> None:
         """`profile`: the engines' own, where it is not the one that this machine gets."""
-        self._root, self._folder, self._engine, self._out, self._kinds = root, folder, engine, out, kinds
+        self._root, self._folder, self._engine, self._out = root, folder, engine, out
+        self._blows = (kinds, targets)
         self._profile = {} if profile is None else {"profile": str(profile)}
         self._moments = random.Random(seed)
         self._pace = PACES[engine]
@@ -228,7 +232,7 @@ class Storm:
         rows = self._moments.randint(*self._pace.rows)
         bad = self._write_input(input_uri, rows)
         self._write_job(folder, input_uri, out_uri)
-        chase = _Chase(folder, out_uri, self._scratch, self._site, self._pace, self._moments, num_faults, self._kinds)
+        chase = _Chase(folder, out_uri, self._scratch, self._site, self._pace, self._moments, num_faults, self._blows)
         try:
             with History(out_uri).watch(_LOOK_EVERY_S) as history:
                 chase.run(history)
@@ -304,7 +308,7 @@ class _Chase:
         pace: Pace,
         moments: random.Random,
         num_faults: int,
-        kinds: Sequence[Kind],
+        blows: tuple[Sequence[Kind], Sequence[Target]],
     ) -> None:
         self.folder, self._out_uri, self._scratch, self._site = folder, out_uri, scratch, site
         self._pace, self._moments, self._num_faults = pace, moments, num_faults
@@ -314,7 +318,7 @@ class _Chase:
         self._next_status = 0.0
         self.rows_generated = self.rows_cut = 0
         self._read_flights()  # what was before does not count
-        self.nemesis = Nemesis(self._roots, moments, kinds)
+        self.nemesis = Nemesis(self._roots, moments, *blows)
         self.starts = self.rows_generated = self.rows_cut = 0
         self.exit_codes: Counter[int] = Counter()
         self.troubles: list[str] = []
@@ -485,6 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", choices=sorted(PACES), default="simulated")
     parser.add_argument("--engine-process", action="store_true", help="with --engine vllm: its core in a process of its own")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     parser.add_argument("--keep", type=Path, default=None, help="work in this folder, and leave it")
     asked = parser.parse_args(arguments)
@@ -498,7 +503,7 @@ def main(arguments: list[str] | None = None) -> int:
         stack.enter_context(_environment(TOKENMILL_CACHE=str(folder / "cache")))
         root = stack.enter_context(open_store(asked.store, folder))
         profile = engine_process_profile(folder) if asked.engine_process else None
-        storm = Storm(root, folder, engine=asked.engine, seed=seed, out=out, kinds=asked.kinds, profile=profile)
+        storm = Storm(root, folder, engine=asked.engine, seed=seed, out=out, kinds=asked.kinds, targets=asked.targets, profile=profile)
         stack.callback(storm.close)
         hung = ""
         try:
