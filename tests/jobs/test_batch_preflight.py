@@ -12,9 +12,6 @@ from jobs.cluster.azure_batch import DRIVER_TASK
 from jobs.cluster.azure_batch import STAMP
 from jobs.cluster.batch_nodes import Gathering
 from jobs.cluster.cluster import node_of
-from jobs.preflight import PreflightJob
-from jobs.preflight import PreflightSpec
-from jobs.preflight import preflight
 from pipeline.commit import read_report
 from schemas.errors import JobError
 from schemas.job import parse_job
@@ -67,12 +64,6 @@ def test_only_jobs_on_azure_batch_have_nodes_that_a_run_waits_for() -> None:
     assert parse_job({**data, "cluster": {**data["cluster"], "preflight": True}}).cluster.preflight
     with pytest.raises(JobError, match="preflight: only kind: azure-batch takes it"):
         parse_job({**data, "cluster": {"kind": "local", "preflight": True}})
-
-
-def test_the_preflight_of_a_job_without_nodes_says_who_measures_them() -> None:
-    job = PreflightJob(cluster=parse_job(batch_job()).cluster)
-    with pytest.raises(JobError, match=r"cluster\.preflight: true"):
-        preflight(PreflightSpec(job=job), print)
 
 
 @pytest.mark.azurite

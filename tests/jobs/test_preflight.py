@@ -248,7 +248,7 @@ def test_a_batch_job_has_no_nodes_yet_and_is_told_how_to_measure_them(tmp_path: 
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 2, result.output
         assert "found azure-batch" in result.output
-        assert "`tokenmill preflight --output URI` on a node itself" in result.output
+        assert "cluster.preflight: true makes the run measure them before their first unit" in result.output
 
 
 @pytest.mark.parametrize("cluster", ["cloud", {"leave_out": "b"}, ["address"]])
