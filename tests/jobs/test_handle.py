@@ -150,7 +150,11 @@ def test_going_on_is_not_taken_for_the_end_of_the_run_before(tiny_model: Path, t
 
 
 @pytest.mark.chaos
-def test_an_interrupt_ends_the_waiting_and_not_the_job(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_ends_the_waiting_and_not_the_job(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    before_it = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started pytest in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before_it))
     job = jobs.submit(TABLE, **asked_of(tiny_model, tmp_path / "out", SLOW))
     wait_until(lambda: parts(job), "a part")
     me = threading.get_ident()
