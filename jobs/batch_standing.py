@@ -59,8 +59,7 @@ def standing_of(out_uri: str, account: BatchAccount | None = None) -> Standing:
     latest = batch_run.read_latest(out_uri)
     outcome = _outcome(out_uri, latest)
     if outcome is not None:
-        words = f"job {latest.driver_job} is over (exit code {outcome.exit_code}): {outcome.message}"
-        return Standing(job_id=latest.driver_job, state="over", words=words)
+        return Standing(job_id=latest.driver_job, state="over", words=_end_words(latest, outcome))
     try:
         return _ask(out_uri, latest, account or BatchAccount(latest.endpoint))
     except JobError as error:
@@ -98,6 +97,11 @@ def _nodes_words(latest: Latest, account: BatchAccount) -> str:
 def _is_elsewhere(latest: Latest) -> bool:
     """Whether somebody started `tokenmill driver`, and no submit."""
     return not latest.stamp
+
+
+def _end_words(latest: Latest, outcome: Outcome) -> str:
+    """Of a job that is over, by its driver's own word."""
+    return f"job {latest.driver_job} is over (exit code {outcome.exit_code}): {outcome.message}"
 
 
 def silent_end(job_id: str, driver: TaskState | None, out_uri: str) -> str:
@@ -150,8 +154,7 @@ def cancel(out_uri: str, account: BatchAccount | None = None) -> list[str]:
         return [in_storage.cancel_words(in_storage.cancel(out_uri)), str(error)]
     outcome = _outcome(out_uri, latest)
     if outcome is not None:  # whoever is at work there now is not on Batch
-        told = f"nothing to cancel: job {latest.driver_job} is over (exit code {outcome.exit_code}): {outcome.message}"
-        return [_in_storage(out_uri, told)]
+        return [_in_storage(out_uri, f"nothing to cancel: {_end_words(latest, outcome)}")]
     ask_to_drain(out_uri)  # first: a driver that starts, or comes back, whatever happens now, hears it
     try:
         return _end(out_uri, latest, account or BatchAccount(latest.endpoint))

@@ -19,6 +19,7 @@ import pyarrow as pa
 from jobs.canary_rows import canary_of
 from jobs.canary_rows import some_of
 from jobs.canary_rows import where
+from jobs.drain import ask_to_drain
 from jobs.live import Live
 from jobs.live import View
 from jobs.live import view_of
@@ -34,7 +35,6 @@ from jobs.started import spoken_since
 from jobs.status import GOES_ON
 from jobs.status import Status
 from jobs.status import StatusReader
-from jobs.status import ask_to_drain
 from jobs.status import read_status
 from jobs.verify import Verdict
 from jobs.verify import verify as verify_output

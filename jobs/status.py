@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.accept import committed_units
 from jobs.accept import load_job_of
-from jobs.drain import ask_to_drain as ask_to_drain
+from jobs.drain import ask_to_drain
 from jobs.driver import Progress
 from jobs.plan import Plan
 from jobs.progress import Speed

@@ -15,6 +15,7 @@ from jobs.cluster.cluster import node_of
 from pipeline.commit import read_report
 from schemas.errors import JobError
 from schemas.job import parse_job
+from tests.commands import Command
 from tests.jobs.batch_jobs import batch_job
 from tests.jobs.test_batch_end_to_end import Place
 from tests.jobs.test_batch_end_to_end import place
@@ -25,6 +26,13 @@ __all__ = ["place"]  # a fixture
 pytestmark = pytest.mark.batch
 
 BOTH = ("node-0000-0", "node-0001-0")
+
+
+def submitted(place: Place) -> Command:
+    """A job of 64 rows that measures its nodes first."""
+    place.job["cluster"]["preflight"] = True
+    place.put("a.parquet", 0, 64)
+    return place.run("submit", "../job.yaml", "--wait")
 
 
 def workers(place: Place) -> set[str]:
@@ -70,9 +78,7 @@ def test_only_jobs_on_azure_batch_have_nodes_that_a_run_waits_for() -> None:
 @pytest.mark.long
 def test_a_slow_node_gets_no_unit_and_is_given_back_and_the_job_goes_on(place: Place) -> None:
     """Found slow before: by an earlier driver of this submit."""
-    place.job["cluster"]["preflight"] = True
-    place.put("a.parquet", 0, 64)
-    command = place.run("submit", "../job.yaml", "--wait")
+    command = submitted(place)
     place.wait_for("the driver is asked for", lambda: bool(place.site.service.jobs))
     (driver,) = [job for job in place.site.service.jobs.values() if not job.id.endswith("-nodes")]
     settings = driver.tasks[DRIVER_TASK].spec["environmentSettings"]
@@ -88,9 +94,7 @@ def test_a_slow_node_gets_no_unit_and_is_given_back_and_the_job_goes_on(place: P
 @pytest.mark.azurite
 @pytest.mark.long
 def test_a_submitted_job_measures_its_nodes_before_their_first_unit(place: Place) -> None:
-    place.job["cluster"]["preflight"] = True
-    place.put("a.parquet", 0, 64)
-    command = place.run("submit", "../job.yaml", "--wait")
+    command = submitted(place)
     assert command.end() == 0, command.log + place.all_logs()
     out = f"az://{place.out}/run"
     proven(out, 64)
