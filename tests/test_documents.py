@@ -65,7 +65,10 @@ def command_lines(path: Path) -> list[list[str]]:
 
 
 def parse(arguments: list[str]) -> None:
-    """Parse with the real command, run nothing. Raises click.UsageError."""
+    """Parse with the real command, run nothing. Raises click.UsageError.
+
+    Under its group, always: click keeps in a command the help option that its first parse made, which has `-h` from there.
+    """
     with contextlib.suppress(click.exceptions.Exit), main.make_context("tokenmill", list(arguments)) as context:  # Exit: --help
         name, command, rest = main.resolve_command(context, [*context._protected_args, *context.args])
         assert command is not None

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.cli import main
 from jobs.verify import verify
 from pipeline import tls
 from tests.azurite import CONNECTION_STRING
@@ -22,6 +21,7 @@ from tests.commands import Command
 from tests.infra.deployment import Deployed
 from tests.infra.test_templates import cloud_init
 from tests.infra.test_templates import made
+from tests.test_documents import parse
 
 pytestmark = pytest.mark.batch
 _PAGE = Path(__file__).resolve().parents[2] / "infra" / "README.md"
@@ -64,8 +64,7 @@ def test_operators_upload_their_keys_to_where_nodes_fetch_them() -> None:
 
 
 def test_the_node_s_command_is_one() -> None:
-    name, *words = nodes_command()
-    main.commands[name].make_context(name, words)
+    parse(nodes_command())
 
 
 @pytest.fixture
