@@ -38,7 +38,7 @@ SPEED_ONLY = frozenset(
         "distributed_executor_backend",
         "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
         "kv_cache_memory_bytes", "load_format", "max_cudagraph_capture_size",
-        "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size",
+        "max_num_batched_tokens", "max_num_seqs", "nnodes", "pipeline_parallel_size",
         "prefill_tokens_per_s", "start_s", "tensor_parallel_size",
     }
 )  # fmt: skip

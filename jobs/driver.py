@@ -26,7 +26,7 @@ from jobs.caps import NodeSeconds
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
-from jobs.cluster.cluster import node_of
+from jobs.cluster.cluster import num_nodes
 from jobs.drain import ASKED_AT as ASKED_AT
 from jobs.drain import DrainWatch
 from jobs.load import Load
@@ -313,7 +313,7 @@ class Driver:
             if replica.ledger is not None:
                 self._accounts.hear(replica.name, replica.ledger, now)
         self._load.look(replicas)
-        self._num_nodes = len({node_of(replica.name) for replica in replicas})
+        self._num_nodes = num_nodes(replicas)
         expected = self._cluster.num_replicas
         wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
         self._wanted_windows = wanted / max(1, sum(replica.window_rows for replica in replicas))

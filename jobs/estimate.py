@@ -13,8 +13,9 @@ from jobs.canary import Canary
 from jobs.lengths import Lengths
 from jobs.lengths import Mean
 from pipeline.fit import LIVE_TOKENS
-from pipeline.fit import devices_for
+from pipeline.fit import Span
 from pipeline.fit import kv_width_bytes
+from pipeline.fit import span_of
 from pipeline.fit import whole
 from pipeline.hardware import device_of
 from pipeline.roofline import Speed
@@ -95,12 +96,12 @@ def offers(
         made = _replica(lengths, shape, profile, options or {})
         if made is None:
             continue
-        speed, precision, wider = made
+        speed, span, precision, wider = made
         devices, batch, rate = speed.devices, speed.batch, speed.output_tokens_per_s
         assert profile.node is not None
-        per_node = profile.node.devices // devices
-        for count in nodes:
-            replicas = per_node * count
+        per_node = profile.node.devices // span.devices
+        for groups in nodes:
+            replicas, count = per_node * groups, span.nodes * groups
             total = rate * replicas
             mean = _hours(output.value / total, lengths, rate, batch)
             low = _hours(output.low / (total * faster), lengths, rate * faster, batch)
@@ -181,8 +182,11 @@ def cut_remarks(found: Sequence[Offer]) -> list[str]:
 
 def _replica(
     lengths: Lengths, shape: Shape, profile: Profile, options: Mapping[str, Any]
-) -> tuple[Speed, Precision, tuple[int, float] | None] | None:
-    """One replica as a run cuts it, its precision, and a wider one where that is quicker; None where the node does not hold the model."""
+) -> tuple[Speed, Span, Precision, tuple[int, float] | None] | None:
+    """One replica as a run cuts it, what it takes up, its precision, and a wider one on the same node where that is quicker.
+
+    None where no number of such nodes holds the model.
+    """
     device = device_of(profile)
     assert profile.node is not None
     assert device is not None
@@ -190,20 +194,24 @@ def _replica(
     precision: Precision = shape.precision if shape.precision in device.gemm_tflops else "bf16"
     width_bytes, weight_bytes = kv_width_bytes(asked, str(asked.get("dtype", profile.dtype))), shape.weight_bytes(shape.precision)
 
-    def speed_of(devices: int) -> Speed | None:
+    work = Work(prompt_tokens=lengths.prompt.value, output_tokens=max(1.0, lengths.output.value))
+    max_num_seqs = whole(asked, "max_num_seqs", profile.max_num_seqs)
+
+    def speed_of(span: Span) -> Speed | None:
         return predict(
             shape,
             device,
-            Work(prompt_tokens=lengths.prompt.value, output_tokens=max(1.0, lengths.output.value)),
+            work,
             precision=precision,
             kv_width_bytes=width_bytes,
-            max_num_seqs=whole(asked, "max_num_seqs", profile.max_num_seqs),
+            max_num_seqs=max_num_seqs,
             most_devices=most,
-            devices=devices,
+            devices=span.devices,
+            stages=span.nodes,
             weight_bytes=weight_bytes,
         )
 
-    taken = devices_for(
+    taken = span_of(
         asked,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=shape.kv_bytes_per_token(width_bytes),
@@ -211,13 +219,13 @@ def _replica(
         most=most,
         context=shape.max_position_embeddings,
     )
-    speed = speed_of(taken) if taken is not None and taken <= most else None
-    if speed is None:
+    speed = speed_of(taken) if taken is not None and taken.devices <= most else None
+    if speed is None or taken is None:
         return None
-    others = [] if "tensor_parallel_size" in asked else [speed_of(width) for width in _wider(speed.devices, most)]
+    others = [] if "tensor_parallel_size" in asked else [speed_of(Span(devices=width)) for width in _wider(speed.devices, most)]
     best = max((other for other in others if other is not None), key=lambda other: other.per_device, default=speed)
     times = best.per_device / speed.per_device
-    return speed, precision, (best.devices, times) if times > _WORTH_SAYING else None
+    return speed, taken, precision, (best.devices, times) if times > _WORTH_SAYING else None
 
 
 def _wider(devices: int, most: int) -> list[int]:

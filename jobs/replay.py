@@ -54,7 +54,14 @@ from schemas.unit import WorkUnit
 
 _TIMEOUT_S = 3600.0
 _OF_THE_MACHINE = frozenset(
-    {"distributed_executor_backend", "gpu_memory_utilization", "kv_cache_memory_bytes", "pipeline_parallel_size", "tensor_parallel_size"}
+    {
+        "distributed_executor_backend",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "nnodes",
+        "pipeline_parallel_size",
+        "tensor_parallel_size",
+    }
 )
 """Options that depend on how large a node is, and not on what it is; this machine's own are taken."""
 

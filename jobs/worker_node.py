@@ -5,6 +5,7 @@ Knows the model and the cluster, and nothing of the jobs that will run. SIGTERM,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from pipeline import handover
 from pipeline import storage
 from pipeline import tls
 from pipeline.eviction import watch_evictions
+from pipeline.fit import MOST_NODES
 from pipeline.model import Model
 from pipeline.model import resolve_model
 from pipeline.profile import ReplicaPlan
@@ -120,9 +122,12 @@ def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
 
     watch = watch_evictions(on_preempt)
     model = resolve_model(spec.job.model)
-    plan = cut_machine(spec.job.engine, model, replicas=spec.replicas)
+    plan = cut_machine(spec.job.engine, model, replicas=spec.replicas, most_nodes=MOST_NODES if cluster.rendezvous else 1)
     specs = replica_specs(spec, model, plan, tempfile.mkdtemp(prefix="tokenmill-"))
-    say(f"node {spec.name}: {plan.replicas} replicas of {model.path} ({plan.profile}); logs in {specs[0].config.folder}")
+    what = f"{plan.replicas} replicas" if plan.nodes == 1 else f"part of a replica on {plan.nodes} nodes"
+    say(f"node {spec.name}: {what} of {model.path} ({plan.profile}); logs in {specs[0].config.folder}")
+    if plan.nodes > 1 and spec.job.engine.kind == "vllm":
+        say("the engines of one replica talk from node to node without TLS: nobody else may be on their network")
     if plan.found:
         say(f"node {spec.name}: {plan.found}")
     kind = spec.job.engine.kind
@@ -157,6 +162,8 @@ def replica_specs(spec: NodeSpec, model: Model, plan: ReplicaPlan, folder: str) 
                 folder=folder,
                 scheduler=cluster.address or "",
                 rendezvous=storage.absolute(cluster.rendezvous) if cluster.rendezvous else None,
+                nodes=plan.nodes,
+                group=group_uri(cluster.rendezvous, model, plan) if cluster.rendezvous else None,
                 keys=storage.absolute(cluster.keys) if cluster.keys else None,
                 insecure=cluster.insecure,
                 metrics_port=cluster.metrics_port_of(index),
@@ -168,8 +175,14 @@ def replica_specs(spec: NodeSpec, model: Model, plan: ReplicaPlan, folder: str) 
     ]
 
 
+def group_uri(rendezvous: str, model: Model, plan: ReplicaPlan) -> str:
+    """Where nodes meet that run the same weights with the same settings; others could not work together."""
+    told = json.dumps([model.digests, plan.options], sort_keys=True, default=str)
+    return storage.join(storage.absolute(rendezvous), f"groups-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
+
+
 def alone(members: Sequence[str | None]) -> bool:
-    """Whether every replica is up and has no scheduler, going by their own words."""
+    """Whether every replica is up and has no scheduler, or waits for other nodes, going by their own words."""
     return bool(members) and all(member is not None and member.startswith(WAITING) for member in members)
 
 

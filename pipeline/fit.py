@@ -6,6 +6,7 @@ The one rule by which a run cuts its nodes and a plan foresees it. Nobody has se
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.roofline import MEMORY_SHARE
@@ -17,6 +18,8 @@ LIVE_TOKENS = 1024
 """Of a row in the batch: prompt and half the completion. Assumed."""
 LONGEST_ROW = 1.05
 """Times its keys and values that a cache has room for at least: vLLM counts in blocks, and refuses less than one longest row."""
+MOST_NODES = 16
+"""That one replica may span: Llama 3.1 405B in 16 bits takes four of the smallest ND nodes."""
 _STEP = 256
 """Tokens that the longest row is a multiple of."""
 _WIDTH_BYTES = {"float32": 4}
@@ -35,23 +38,53 @@ def kv_width_bytes(options: Mapping[str, Any], dtype: str) -> int:
     return 1 if str(options.get("kv_cache_dtype", "auto")).startswith("fp8") else _WIDTH_BYTES.get(dtype, 2)
 
 
-def devices_for(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """What one replica takes up."""
+
+    devices: int
+    """Of each node."""
+    nodes: int = 1
+
+    @property
+    def all_devices(self) -> int:
+        return self.nodes * self.devices
+
+
+def span_of(
     options: Mapping[str, Any], *, weight_bytes: float, kv_bytes_per_token: float, memory_bytes: float, most: int, context: int
-) -> int | None:
+) -> Span | None:
     """GPUs of one replica: as asked for, or the fewest that hold the weights and a batch. 1 where nobody knows their memory.
 
-    None where not even `most` hold them. Raises JobError where an option is none.
+    Where a node's `most` do not hold them: all of as few nodes as do, each with a stage of the model's layers. None where not even
+    MOST_NODES hold them. Raises JobError where an option is none.
     """
-    if "tensor_parallel_size" in options or not memory_bytes:
-        return whole(options, "tensor_parallel_size", 1)
-    return devices_needed(
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=kv_bytes_per_token,
-        live_tokens=min(LIVE_TOKENS, whole(options, "max_model_len", context)),
-        memory_bytes=memory_bytes,
-        most=most,
-        memory_share=_memory_share(options),
-    )
+    if not memory_bytes or {"tensor_parallel_size", "pipeline_parallel_size", "nnodes"} & set(options):
+        return asked_span(options)
+    for nodes in range(1, MOST_NODES + 1):
+        # Stages split the layers, so that each node has its share of weights, keys and values.
+        devices = devices_needed(
+            weight_bytes=weight_bytes / nodes,
+            kv_bytes_per_token=kv_bytes_per_token / nodes,
+            live_tokens=min(LIVE_TOKENS, whole(options, "max_model_len", context)),
+            memory_bytes=memory_bytes,
+            most=most,
+            memory_share=_memory_share(options),
+        )
+        if devices is not None:
+            return Span(nodes=nodes, devices=devices if nodes == 1 else most)
+    return None
+
+
+def asked_span(options: Mapping[str, Any]) -> Span:
+    """As vLLM understands the three options. Raises JobError where they do not divide."""
+    width, stages, nodes = (whole(options, name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size", "nnodes"))
+    if width * stages % nodes:
+        raise JobError(
+            f"engine.options.nnodes: found {nodes}, expected a divisor of the replica's {width * stages} devices "
+            f"(tensor_parallel_size {width} times pipeline_parallel_size {stages})"
+        )
+    return Span(nodes=nodes, devices=width * stages // nodes)
 
 
 def longest_row(

@@ -105,7 +105,7 @@ async def _join(config: WorkerConfig, replica: Replica, registration: dict[str, 
         why = root_cause(error)
         if "name taken" in why:
             why = f"it knows a {config.name} already: this one, not yet given up, or another node of the same name, which needs --name"
-        say(f"{WAITING}: {why}")
+        say(f"{WAITING} a scheduler: {why}")
         return None
     return worker
 
@@ -122,6 +122,14 @@ def _find(config: WorkerConfig) -> str:
     except ValueError as error:
         raise JobError(f"number {entry.number} in {config.rendezvous}: {error}") from None
     return entry.address
+
+
+def own_host(config: WorkerConfig) -> str:
+    """This machine's address, as the rest of the cluster reaches it: that from which the scheduler is reached, where there is one yet."""
+    try:
+        return str(get_ip(get_address_host(_find(config))))
+    except OSError:
+        return str(get_ip())
 
 
 async def _hand_back(worker: Worker, replica: Replica) -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.fit import LONGEST_ROW
-from pipeline.fit import devices_for
+from pipeline.fit import Span
+from pipeline.fit import asked_span
 from pipeline.fit import kv_width_bytes
 from pipeline.fit import longest_row
+from pipeline.fit import span_of
 from pipeline.fit import whole
 from pipeline.gpus import find_gpus
 from pipeline.hardware import device_of
@@ -83,6 +85,8 @@ class ReplicaPlan:
     """Engine processes get nothing of Tokenmill's own environment: what somebody has who calls the engine by hand."""
     found: str = ""
     """For people: where the settings come from, if they were tuned, and what they leave out."""
+    nodes: int = 1
+    """That its one replica spans, each with a stage of the model's layers; see pipeline/group.py."""
     shortened: bool = False
     """Whether max_model_len is less than the model's context because a replica's KV cache holds no more."""
     usd_per_hour: float | None = None
@@ -176,9 +180,11 @@ def cut_machine(
     replicas: int | None,
     numerics: Mapping[str, Any] | None = None,
     output_tokens: int | None = None,
+    most_nodes: int = 1,
 ) -> ReplicaPlan:
     """The replicas that this machine runs: as tuned, where the profile is auto and something was. Raises JobError.
 
+    `most_nodes` is how many machines one replica may span: more than this one only where nodes of a cluster can meet.
     `numerics` are options that a job was begun with; they win over the profile's, as the job's own win over both.
     `output_tokens` is the most that the job may generate: a small one is done sooner with engines that are up sooner.
     """
@@ -186,13 +192,15 @@ def cut_machine(
     options = {**(numerics or {}), **asked_options(engine)}
     if engine.kind == "simulated":
         options = SimulatedOptions.model_validate(engine.options).model_dump()
-        return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options)
+        _check_span(Span(devices=1, nodes=options["nnodes"]), most_nodes, replicas)
+        return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options, nodes=options["nnodes"])
     machine = this_machine()
     tuned = find_tuned(model.weights_digest, node_kind(machine)) if engine.profile == "auto" else None
     if tuned is None:
-        return plan_replicas(load_profile(engine.profile, machine), machine, model, replicas=replicas, options=options)
+        profile = load_profile(engine.profile, machine)
+        return plan_replicas(profile, machine, model, replicas=replicas, options=options, most_nodes=most_nodes)
     quick = tuned.quick if output_tokens is not None and output_tokens < tuned.quick_below_tokens else None
-    plan = plan_replicas(quick or tuned.profile, machine, model, replicas=replicas, options=options)
+    plan = plan_replicas(quick or tuned.profile, machine, model, replicas=replicas, options=options, most_nodes=most_nodes)
     origin = _where_from(tuned) + (", with those that are up sooner, for a small job" if quick else "")
     return replace(plan, found="; ".join(filter(None, (origin, plan.found))))
 
@@ -202,8 +210,13 @@ def _where_from(tuned: Tuned) -> str:
     return f"engine settings as tuned for this model and node ({tuned.made_at[:10]}{times}); see tokenmill tune --show"
 
 
-def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas: int | None, options: dict[str, Any]) -> ReplicaPlan:
-    """Cut a machine into engine replicas for one model. The user's options win. Raises JobError where the model cannot fit."""
+def plan_replicas(
+    profile: Profile, machine: Machine, model: Model, *, replicas: int | None, options: dict[str, Any], most_nodes: int = 1
+) -> ReplicaPlan:
+    """Cut a machine into engine replicas for one model. The user's options win. Raises JobError where the model cannot fit.
+
+    Where one machine cannot hold it, but up to `most_nodes` like this one together can, it is this node's part of one replica.
+    """
     model_len = min(model.max_position_embeddings, profile.max_model_len or model.max_position_embeddings)
     made: dict[str, Any] = {
         "max_num_seqs": profile.max_num_seqs,
@@ -214,7 +227,12 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     }
     replicas = replicas or profile.replicas
     if profile.device == "gpu":
-        return _plan_gpus(profile, machine, model, replicas, options, made)
+        return _plan_gpus(profile, machine, model, replicas, options, made, most_nodes)
+    nodes = asked_span(options).nodes
+    _check_span(Span(devices=1, nodes=nodes), most_nodes, replicas)
+    if nodes > 1:
+        # vLLM 0.32 makes what passes between stages where it warms up for compiled code; without, its CPU runner stops at the first row.
+        replicas, made = 1, made | {"distributed_executor_backend": "mp", "enforce_eager": False}
     made["dtype"] = next((dtype for flag, dtype in profile.dtype_by_cpu_flag.items() if flag in machine.cpu_flags), profile.dtype)
     dtype = str(options.get("dtype", made["dtype"]))
     per_token = model.kv_values_per_token * kv_width_bytes({}, dtype)
@@ -224,7 +242,7 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
     kv_bytes = max(kv_bytes, int(LONGEST_ROW * per_token * model_len))
     kv_bytes = whole(options, "kv_cache_memory_bytes", kv_bytes)
     made["kv_cache_memory_bytes"] = kv_bytes
-    need = int(1.2 * model.weights_bytes) + kv_bytes + _ENGINE_OVERHEAD_BYTES
+    need = int(1.2 * model.weights_bytes / nodes) + kv_bytes + _ENGINE_OVERHEAD_BYTES
     usable = int(_MEMORY_SHARE * machine.memory_bytes)
     fit = usable // need
     if fit < (replicas or 1):
@@ -247,12 +265,19 @@ def plan_replicas(profile: Profile, machine: Machine, model: Model, *, replicas:
         options={**made, **options},
         environment=environment,
         device_environments=pinned,
+        nodes=nodes,
         usd_per_hour=profile.usd_per_hour,
     )
 
 
 def _plan_gpus(
-    profile: Profile, machine: Machine, model: Model, replicas: int | None, options: dict[str, Any], made: dict[str, Any]
+    profile: Profile,
+    machine: Machine,
+    model: Model,
+    replicas: int | None,
+    options: dict[str, Any],
+    made: dict[str, Any],
+    most_nodes: int,
 ) -> ReplicaPlan:
     """The fewest GPUs a replica that hold the weights and a batch; where they do not hold the model's longest row too, a shorter one."""
     asked = {**profile.options, **options}
@@ -260,18 +285,26 @@ def _plan_gpus(
     memory_bytes, context = _gpu_memory_bytes(profile, machine), made["max_model_len"]
     kv_bytes = model.kv_values_per_token * kv_width_bytes(asked, str(asked.get("dtype", profile.dtype)))
     sizes = {"weight_bytes": model.weights_bytes, "kv_bytes_per_token": kv_bytes, "memory_bytes": memory_bytes}
-    width = devices_for(asked, **sizes, most=most, context=context)
-    if width is None:
+    span = span_of(asked, **sizes, most=most, context=context)
+    if span is None or (span.nodes > most_nodes and "nnodes" not in asked):
+        together = (
+            f", or let {span.nodes} such nodes hold it together: see jobs/cluster/README.md, Replicas over several nodes" if span else ""
+        )
         raise JobError(
             f"model: its {model.weights_bytes / 1e9:.0f} GB of weights and a batch do not fit into this node's {most} GPUs of "
-            f"{memory_bytes / 1e9:.0f} GB; make it smaller by `tokenmill model prepare`, or take a larger node; see `tokenmill plan`"
+            f"{memory_bytes / 1e9:.0f} GB; make it smaller by `tokenmill model prepare`, take a larger node{together}; see `tokenmill plan`"
         )
-    count = replicas or max(1, most // width)
+    _check_span(span, most_nodes, replicas)
+    width = span.devices
+    count = 1 if span.nodes > 1 else replicas or max(1, most // width)
     if count * width > most:
         raise JobError(f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {most}")
-    longest = longest_row(asked, **sizes, devices=width) or context
+    longest = longest_row(asked, **sizes, devices=span.all_devices) or context
     shortened = longest < context and "max_model_len" not in asked
-    made |= {"tensor_parallel_size": width} if width > 1 else {}
+    if not {"tensor_parallel_size", "pipeline_parallel_size", "nnodes"} & set(asked):
+        made |= {"tensor_parallel_size": width} if width > 1 else {}
+        made |= {"pipeline_parallel_size": span.nodes, "nnodes": span.nodes} if span.nodes > 1 else {}
+    made |= {"distributed_executor_backend": "mp"} if span.nodes > 1 else {}
     made |= {"max_model_len": longest} if shortened else {}
     devices = machine.visible_gpus or tuple(map(str, range(most)))
     visible = tuple({"CUDA_VISIBLE_DEVICES": ",".join(devices[index * width : (index + 1) * width])} for index in range(count))
@@ -281,7 +314,8 @@ def _plan_gpus(
         options={**made, **options},
         environment=profile.environment,
         device_environments=visible,
-        found=_shortened_words(longest, context, width) if shortened else "",
+        found=_shortened_words(longest, context, span) if shortened else "",
+        nodes=span.nodes,
         shortened=shortened,
         usd_per_hour=profile.usd_per_hour,
     )
@@ -294,8 +328,19 @@ def _gpu_memory_bytes(profile: Profile, machine: Machine) -> int:
     return min(known, default=0)
 
 
-def _shortened_words(longest: int, context: int, width: int) -> str:
-    where = f"{width} GPUs" if width > 1 else "one GPU"
+def _check_span(span: Span, most_nodes: int, replicas: int | None) -> None:
+    """Raises JobError where a replica would span machines that cannot meet, or not one replica alone does."""
+    if span.nodes > most_nodes:
+        raise JobError(
+            f"engine.options.nnodes: found {span.nodes}, but one replica may span {most_nodes} here: nodes meet in the rendezvous of a "
+            "cluster; see jobs/cluster/README.md, Replicas over several nodes"
+        )
+    if span.nodes > 1 and replicas not in (None, 1):
+        raise JobError(f"--replicas: found {replicas}, expected 1: this node is one part of a replica that spans {span.nodes} nodes")
+
+
+def _shortened_words(longest: int, context: int, span: Span) -> str:
+    where = f"{span.all_devices} GPUs" if span.all_devices > 1 else "one GPU"
     return (
         f"prompt and completion may have {longest:,} tokens of the model's {context:,}: the KV cache of a replica on {where} holds no "
         "longer row; for longer ones set engine.options.tensor_parallel_size higher"

@@ -75,7 +75,7 @@ class Speed:
     output_tokens_per_s: float
     prompt_tokens_per_s: float
     seconds_per_step: dict[str, float]
-    """By kind of work; their sum is a step's time, in which each row of the batch gets one token."""
+    """By kind of work; their sum is a step's time, in which each row of the batch (of one stage's part of it) gets one token."""
 
     @property
     def per_device(self) -> float:
@@ -122,15 +122,19 @@ def predict(
     most_devices: int,
     vllm: bool = True,
     devices: int | None = None,
+    stages: int = 1,
     weight_bytes: float | None = None,
     constants: Constants = CONSTANTS,
 ) -> Speed | None:
     """Of one replica on as few devices as hold it; None where `most_devices` do not. `precision` is of weights and of what they multiply.
 
     `weight_bytes` are the weights' where they are stored in another precision. Raises KeyError where the device does not compute in it.
+    Of so many `stages`, each has its part of the layers on devices of its own, and of the batch in turn: all work at the same time, and
+    the last one, which has the output layer too, says how fast. What goes between them is left out: a row's hidden state, once a step.
     """
-    weights = shape.weight_bytes(precision) if weight_bytes is None else weight_bytes
-    kv = shape.kv_bytes_per_token(kv_width_bytes)
+    weights = (shape.weight_bytes(precision) if weight_bytes is None else weight_bytes) / stages
+    kv = shape.kv_bytes_per_token(kv_width_bytes) / stages
+    layers, layer_weights = shape.layers / stages, shape.layer_weights / stages
     if devices is None:
         devices = devices_needed(
             weight_bytes=weights, kv_bytes_per_token=kv, live_tokens=work.live_tokens, memory_bytes=device.memory_bytes, most=most_devices
@@ -138,20 +142,20 @@ def predict(
     if devices is None:
         return None
     room = kv_room_bytes(devices=devices, weight_bytes=weights, memory_bytes=device.memory_bytes)
-    batch = min(float(max_num_seqs), room / (kv * work.live_tokens))
+    batch = min(float(max_num_seqs), room / (kv * work.live_tokens)) / stages  # of one stage at once; the others have the rest
     if batch < 1:
         return None
     c = constants
     flops = device.gemm_flops(precision) * c.gemm_share * (c.vllm_share if vllm else 1.0)
     bandwidth = device.bytes_per_s * c.bandwidth_share
     begun = batch / work.output_tokens  # rows that begin in one step
-    activation_s = c.activation_passes * shape.layers * shape.hidden * 2 / bandwidth  # of one token
-    reduced_bytes = 2 * shape.layers * shape.hidden * 2 * 2 * (devices - 1) / devices  # two all-reduces a layer, of one token
+    activation_s = c.activation_passes * layers * shape.hidden * 2 / bandwidth  # of one token
+    reduced_bytes = 2 * layers * shape.hidden * 2 * 2 * (devices - 1) / devices  # two all-reduces a layer, of one token
     link = 1e9 * (device.peer_gb_per_s.value if device.peer_gb_per_s else 25.0)  # PCIe 4, where nobody says
-    prefill_flops = 2 * shape.layer_weights * work.prompt_tokens
-    attention_flops = 2 * shape.layers * shape.heads * shape.head_dim * work.prompt_tokens**2  # causal: half of the square, twice
+    prefill_flops = 2 * layer_weights * work.prompt_tokens
+    attention_flops = 2 * layers * shape.heads * shape.head_dim * work.prompt_tokens**2  # causal: half of the square, twice
     seconds = {
-        "gemm": max(2 * (shape.layer_weights + shape.head_weights) * batch / flops, weights / bandwidth) / devices,
+        "gemm": max(2 * (layer_weights + shape.head_weights) * batch / flops, weights / bandwidth) / devices,
         "activations": batch * activation_s / devices,
         "attention": batch * kv * work.live_tokens / bandwidth / devices,
         "prefill": begun * (prefill_flops / flops + attention_flops / device.attention_flops + work.prompt_tokens * activation_s) / devices,
@@ -160,8 +164,8 @@ def predict(
     }
     rate = batch / math.fsum(seconds.values())
     return Speed(
-        devices=devices,
-        batch=batch,
+        devices=stages * devices,
+        batch=stages * batch,
         output_tokens_per_s=rate,
         prompt_tokens_per_s=rate * work.prompt_tokens / work.output_tokens,
         seconds_per_step=seconds,

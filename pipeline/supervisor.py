@@ -26,6 +26,7 @@ from pipeline.flight import is_hung
 from pipeline.flight import read_flight
 from pipeline.worker import ENVIRONMENT
 from pipeline.worker import EXIT_EVICTED
+from pipeline.worker import EXIT_GROUP_OVER
 from pipeline.worker import EXIT_START_FAILED
 from pipeline.worker import WorkerConfig
 from schemas.errors import EngineStartError
@@ -206,6 +207,8 @@ class Supervisor:
         if said.get("state") == "ready" and slot.state != "ready":
             slot.state, slot.start_s, slot.message, slot.since = "ready", said["start_s"], "", time.monotonic()
             self._note(f"replica {slot.name} is ready after {said['start_s']:.0f} s ({said['engine']['kind']}, {said['engine']['dtype']})")
+        if said.get("state") == "gathering":
+            slot.since = time.monotonic()  # other nodes of its replica may come when they like
         code = slot.process.poll()
         if code is not None:
             self._take_death(slot, said, code)
@@ -238,10 +241,16 @@ class Supervisor:
             self._note(f"replica {slot.name} did not start: {slot.message} (log: {slot.spec.config.log_path})")
             return
         flight = read_flight(slot.spec.config.flight_path) if slot.state == "ready" else None
-        how = slot.message or f"its process ended with {exit_words(code)}"
+        how = slot.message or (
+            "another node of its group was lost" if code == EXIT_GROUP_OVER else f"its process ended with {exit_words(code)}"
+        )
+        if code == EXIT_GROUP_OVER and not (flight is not None and flight.rows):
+            slot.state, slot.restarted = "waiting", True
+            self._note(f"replica {slot.name}: {how}; looking for another group")
+            return
         if flight is not None and flight.rows:
             try:
-                self._on_death(flight, how, code == -signal.SIGKILL and not slot.message)
+                self._on_death(flight, how, code in (-signal.SIGKILL, EXIT_GROUP_OVER) and not slot.message)
             except OSError as error:
                 self._note(f"replica {slot.name}: which rows were in it could not be stored: {error}")
         calm = (flight is not None and flight.rows_finished > 0) or (slot.state == "ready" and time.monotonic() - slot.since > _STABLE_S)

@@ -30,21 +30,26 @@ from schemas.errors import JobError
 from schemas.errors import TokenmillError
 
 if TYPE_CHECKING:
+    from pipeline.group import Group
     from pipeline.model import Model
     from pipeline.replica import Replica
 
 EXIT_START_FAILED = 78
 """sysexits' EX_CONFIG: starting it again would not help."""
 EXIT_ENGINE_DEAD = 70
+EXIT_GROUP_OVER = 69
+"""sysexits' EX_UNAVAILABLE: another node of the same replica went away; the others meet again. See pipeline/group.py."""
 EXIT_EVICTED = 75
 """sysexits' EX_TEMPFAIL: it was asked to leave, and did."""
 METRICS_KEY = "tokenmill"
 """Under it a worker tells its scheduler, once, what it is, and with each heartbeat how it fares."""
-WAITING = "waiting for a scheduler"
-"""So begins a replica's word on its membership while it has none."""
+WAITING = "waiting for"
+"""So begins a replica's word on its membership while it has none: a scheduler, or other nodes of the replica, are missing."""
 _WATCH_S = 0.2
 _DYING_S = 30.0
 _SAVE_S = 18.0
+_SURE_S = 5.0
+"""For the end of a group to be noticed, where an engine failed of it before."""
 
 ENVIRONMENT = {
     # Must be set before a worker's process starts. Arrow's own pool keeps what it freed, and every thread that runs units
@@ -98,6 +103,10 @@ class WorkerConfig:
     """Its address, where it is known and stays."""
     rendezvous: str | None = None
     """Where else schedulers publish their address."""
+    nodes: int = 1
+    """That the replica spans."""
+    group: str | None = None
+    """The folder in which they meet."""
     keys: str | None = None
     """Folder; without one, connections are plain TCP."""
     insecure: bool = False
@@ -183,24 +192,34 @@ def main(config_path: str) -> int:
     if config.kind == "vllm":
         start_reaper()
     model = Model(**config.model)
+    group, options = None, config.options
     try:
+        if config.nodes > 1:
+            group = _meet(config)
+            options = {**options, **group.engine_options()}
+            if not group.seat.leads:
+                return _follow(config, model, group, options, spawned_at)
         replica = Replica(
             name=config.name,
             model=model,
             kind=config.kind,
-            options=config.options,
+            options=options,
             flight_path=config.flight_path,
             answers_path=Path(config.folder, "answers.db"),  # one for all replicas of this node
             spawned_at=spawned_at,
         )
     except Exception as error:  # the process's outermost: whatever it was, the driver must hear of it
         traceback.print_exc()
+        if group is not None and group.is_over(_SURE_S):
+            return EXIT_GROUP_OVER  # then that is why
         message = str(error) if isinstance(error, TokenmillError) else f"{type(error).__name__}: {error}"
         _say(config, state="failed", message=message)
         return EXIT_START_FAILED
     gc.freeze()
     gc.enable()
     threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
+    if group is not None:
+        threading.Thread(target=_end_with_group, args=(replica, group), name="group-watch", daemon=True).start()
     if config.metrics_port is not None:
         _serve_metrics(config, replica)
     ready: dict[str, Any] = {"state": "ready", "start_s": round(time.monotonic() - spawned_at, 1), "engine": asdict(replica.engine.info)}
@@ -217,6 +236,70 @@ def main(config_path: str) -> int:
 
     asyncio.run(live())
     return EXIT_EVICTED
+
+
+def _meet(config: WorkerConfig) -> Group:
+    """The nodes with which this one holds the replica."""
+    from pipeline.group import gather
+    from pipeline.membership import own_host
+    from pipeline.tls import security
+
+    assert config.group is not None
+    protection = security(config.keys)
+
+    def say(what: str) -> None:
+        _say(config, state="gathering", member=f"{WAITING} {what}")
+
+    group = gather(
+        config.group,
+        config.nodes,
+        name=config.name,
+        own_host=lambda: own_host(config),
+        say=say,
+        server_tls=protection.get_listen_args("worker").get("ssl_context"),
+        client_tls=protection.get_connection_args("worker").get("ssl_context"),
+    )
+    place = f"part {group.seat.rank} of {group.seat.size} of a replica, with {', '.join(group.peers.values())}"
+    print(f"worker {config.name}: {place}; this host is {group.own}", flush=True)
+    os.environ["VLLM_HOST_IP"] = group.own  # before vllm is imported
+    _say(config, state="starting", member=place)
+    return group
+
+
+def _follow(config: WorkerConfig, model: Model, group: Group, options: dict[str, Any], spawned_at: float) -> int:
+    """Hold this node's part of the replica, whose leader alone is a member of the cluster, until the group is over."""
+    from pipeline.engine.cores import follower
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        group.say_leaving()
+        threading.Timer(_DYING_S, os._exit, [EXIT_EVICTED]).start()
+        leaving.set()
+
+    leaving = threading.Event()
+    signal.signal(signal.SIGTERM, leave)
+
+    def watch() -> None:
+        group.wait()
+        os._exit(EXIT_EVICTED if leaving.is_set() else EXIT_GROUP_OVER)
+
+    threading.Thread(target=watch, name="group-watch", daemon=True).start()
+
+    def ready(engine: dict[str, Any]) -> None:
+        member = f"part {group.seat.rank} of {group.seat.size} of the replica {group.peers[0]}"
+        _say(config, state="ready", start_s=round(time.monotonic() - spawned_at, 1), engine=engine, member=member)
+
+    follower(model, config.kind, options)(ready)
+    return EXIT_ENGINE_DEAD
+
+
+def _end_with_group(replica: Replica, group: Group) -> None:
+    """A replica without one of its nodes is none: save what is finished, and let the supervisor look for another group."""
+    group.wait()
+    print(f"worker {replica.name}: another node of group {group.seat.group} is gone", file=sys.stderr, flush=True)
+    replica.evict(_SAVE_S)  # where the engine waits for the lost node for ever, its rows end with it
+    time.sleep(1)  # units report
+    os._exit(EXIT_GROUP_OVER)
 
 
 def introduction(config: WorkerConfig, model: Model, replica: Replica, *, start_s: float) -> dict[str, Any]:

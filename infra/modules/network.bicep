@@ -134,6 +134,20 @@ resource workerRules 'Microsoft.Network/networkSecurityGroups@2024-05-01' = {
           destinationPortRange: '1024-65535'
         }
       }
+      {
+        name: 'allow-each-other'
+        properties: {
+          description: 'Nodes measure the network between them, and hold a model together that one alone does not.'
+          priority: 210
+          direction: 'Inbound'
+          access: 'Allow'
+          protocol: 'Tcp'
+          sourceAddressPrefix: workerPrefix
+          sourcePortRange: '*'
+          destinationAddressPrefix: workerPrefix
+          destinationPortRange: '1024-65535'
+        }
+      }
       denyInbound
       allowEndpoints
       allowBatch

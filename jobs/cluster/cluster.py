@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -33,6 +34,15 @@ class ReplicaState:
 def node_of(replica: str) -> str:
     """Replicas are named after their node, with a number."""
     return replica.rpartition("-")[0] or replica
+
+
+def num_nodes(replicas: Iterable[ReplicaState]) -> int:
+    """That are there: a replica that spans several has a name on one alone."""
+    spans: dict[str, int] = {}
+    for replica in replicas:
+        node = node_of(replica.name)
+        spans[node] = max(spans.get(node, 1), int(replica.engine.get("options", {}).get("nnodes", 1)))
+    return sum(spans.values())
 
 
 class Cluster(Protocol):

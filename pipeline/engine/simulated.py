@@ -9,9 +9,12 @@ from __future__ import annotations
 import heapq
 import math
 import os
+import threading
 import time
 import zlib
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
@@ -146,3 +149,9 @@ class SimulatedCore:
 def prompt_hash(request: Request, salt: int) -> int:
     """32 bits, evenly spread, that depend on prompt and seed alone."""
     return zlib.crc32(repr((request.token_ids, request.seed, salt)).encode())
+
+
+def follow(ready: Callable[[dict[str, Any]], None]) -> None:
+    """Another node of the engine: it makes nothing up, and stays."""
+    ready({"kind": "simulated", "dtype": "none"})
+    threading.Event().wait()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import vllm
 from vllm.sampling_params import RequestOutputKind
 from vllm.sampling_params import StructuredOutputsParams
 
+from pipeline.engine.cores import PLACE
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
@@ -73,7 +75,7 @@ class VllmCore:
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             max_model_len=int(config.model_config.max_model_len),
             max_num_seqs=int(config.scheduler_config.max_num_seqs),
-            options=options,
+            options={name: value for name, value in options.items() if name not in PLACE},
         )
 
     @property
@@ -139,6 +141,25 @@ class VllmCore:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+
+def follow(*, model_path: str, options: dict[str, Any], ready: Callable[[dict[str, Any]], None]) -> None:
+    """This node's part of an engine whose leader is a VllmCore on another node. Says so when it is there; returns when it died.
+
+    Raises JobError on unknown options, EngineStartError with vLLM's own cause. As vLLM's own `serve --headless` does it.
+    """
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    check_options(options)
+    try:
+        arguments = vllm.EngineArgs(model=model_path, disable_log_stats=True, **options)
+        config = arguments.create_engine_config(UsageContext.LLM_CLASS, headless=True)  # the same defaults as the leader's
+        executor = MultiprocExecutor(config, monitor_workers=False)
+    except Exception as error:
+        raise EngineStartError(_root_cause(error)) from error
+    ready({"kind": "vllm", "dtype": str(config.model_config.dtype).removeprefix("torch.")})
+    executor.start_worker_monitor(inline=True)
 
 
 def _params(request: Request) -> vllm.SamplingParams:

@@ -111,11 +111,21 @@ def test_every_size_that_holds_the_model_is_offered_for_every_number_of_nodes() 
     assert four.hours.value < one.hours.value
 
 
-def test_a_model_too_large_for_a_node_is_not_offered_there() -> None:
-    found = offers(LENGTHS, known_shape("llama-3.1-405b"), known_sizes(), nodes=(1,))
-    assert "nd96asr-v4" not in {offer.profile for offer in found}
-    assert "nd96isr-h100-v5" not in {offer.profile for offer in found}  # 810 GB of bf16 in 640 GB
-    assert "nd128isr-gb300-v6" in {offer.profile for offer in found}
+def test_a_model_too_large_for_a_node_is_offered_on_as_many_as_hold_it() -> None:
+    found = offers(LENGTHS, known_shape("llama-3.1-405b"), known_sizes(), nodes=(1, 2))
+    cuts = {offer.profile: (offer.nodes, offer.replicas, offer.devices_per_replica) for offer in reversed(found)}
+    assert cuts["nd96asr-v4"] == (4, 1, 32)  # 810 GB of bf16 in 320 GB a node, 37 GB of each GPU's 40 to be had
+    assert cuts["nd96isr-h100-v5"] == (2, 1, 16)  # in 640 GB
+    assert cuts["nd128isr-gb300-v6"] == (1, 1, 4)
+    assert {offer.nodes for offer in found if offer.profile == "nd96isr-h100-v5"} == {2, 4}
+
+
+def test_a_replica_on_two_nodes_is_no_quicker_than_two_that_each_hold_half_of_the_model() -> None:
+    whole = known_shape("llama-3.1-405b")
+    (size,) = [size for size in known_sizes() if size.name == "nd96isr-h100-v5"]
+    (both,) = offers(LENGTHS, whole, [size], nodes=(1,))
+    (half,) = offers(LENGTHS, replace(whole, layers=whole.layers // 2), [size], nodes=(1,), options={"tensor_parallel_size": 8})
+    assert 0.4 * half.output_tokens_per_s < both.output_tokens_per_s <= half.output_tokens_per_s
 
 
 def offer(nodes: int, hours: float, usd: float | None) -> Offer:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from pipeline.fit import LONGEST_ROW
-from pipeline.fit import devices_for
+from pipeline.fit import Span
+from pipeline.fit import asked_span
 from pipeline.fit import kv_width_bytes
 from pipeline.fit import longest_row
+from pipeline.fit import span_of
 from pipeline.roofline import OVERHEAD_BYTES
 from schemas.errors import JobError
 
@@ -20,7 +22,8 @@ ROOM = 0.92 * MEMORY - OVERHEAD_BYTES
 
 def devices(weights: float, *, most: int = 8, memory: float = MEMORY, **options: Any) -> int | None:
     """With 100 kB of keys and values a token: 64 rows of 1,024 tokens are 6.6 GB."""
-    return devices_for(options, weight_bytes=weights, kv_bytes_per_token=1e5, memory_bytes=memory, most=most, context=131_072)
+    span = span_of(options, weight_bytes=weights, kv_bytes_per_token=1e5, memory_bytes=memory, most=most, context=131_072)
+    return span.devices if span is not None and span.nodes == 1 else None
 
 
 def longest(weights: float, *, width: int = 1, memory: float = MEMORY, **options: Any) -> int | None:
@@ -30,6 +33,23 @@ def longest(weights: float, *, width: int = 1, memory: float = MEMORY, **options
 def test_the_fewest_devices_that_hold_weights_and_a_batch_are_taken() -> None:
     assert [devices(weights * GB) for weights in (10, 79, 80, 165, 170, 600)] == [1, 1, 2, 2, 4, 8]
     assert devices(700 * GB) is None
+
+
+def test_a_model_that_no_node_holds_is_split_over_as_few_whole_nodes_as_do() -> None:
+    def span(weights: float, most: int = 8) -> Span | None:
+        return span_of({}, weight_bytes=weights * GB, kv_bytes_per_token=1e5, memory_bytes=MEMORY, most=most, context=131_072)
+
+    assert [span(weights) for weights in (700, 1400, 2100)] == [Span(nodes=nodes, devices=8) for nodes in (2, 3, 4)]
+    assert span(700, most=1) == Span(nodes=9, devices=1)
+    assert span(20_000) is None
+    assert Span(nodes=2, devices=8).all_devices == 16
+
+
+def test_whoever_asks_for_stages_and_nodes_gets_them_if_they_divide() -> None:
+    assert asked_span({"nnodes": 2, "pipeline_parallel_size": 2, "tensor_parallel_size": 8}) == Span(nodes=2, devices=8)
+    assert asked_span({"pipeline_parallel_size": 2}) == Span(nodes=1, devices=2)
+    with pytest.raises(JobError, match=r"engine\.options\.nnodes: found 3, expected a divisor of the replica's 4 devices"):
+        asked_span({"nnodes": 3, "pipeline_parallel_size": 2, "tensor_parallel_size": 2})
 
 
 def test_a_shorter_context_needs_less_room_for_a_batch() -> None:

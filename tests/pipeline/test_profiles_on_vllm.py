@@ -21,11 +21,12 @@ from schemas.profile import Profile
 
 pytestmark = pytest.mark.engine
 
-_TOO_LARGE = {
-    ("nd96asr-v4", "llama-3.1-405b", "bf16"), ("nd96amsr-a100-v4", "llama-3.1-405b", "bf16"), ("nd96isr-h100-v5", "llama-3.1-405b", "bf16"),
-    ("nd128isr-ndr-gb200-v6", "llama-3.1-405b", "bf16"), ("nd96asr-v4", "llama-3.1-405b", "int8"),
+_NODES = {
+    ("nd96asr-v4", "llama-3.1-405b", "bf16"): 4, ("nd96amsr-a100-v4", "llama-3.1-405b", "bf16"): 2,
+    ("nd96isr-h100-v5", "llama-3.1-405b", "bf16"): 2, ("nd128isr-ndr-gb200-v6", "llama-3.1-405b", "bf16"): 2,
+    ("nd96asr-v4", "llama-3.1-405b", "int8"): 2,
 }  # fmt: skip
-"""405 billion weights in 16 bits are 812 GB, in 8 bits 410 GB."""
+"""Where one does not do: 405 billion weights in 16 bits are 812 GB, in 8 bits 410 GB."""
 
 
 def checkpoint(name: str, precision: Precision) -> Model:
@@ -63,15 +64,18 @@ def test_a_size_becomes_engine_arguments_and_the_model_fits(profile: Profile, mo
     assert profile.precision is not None
     for precision in {"bf16", profile.precision}:
         where = checkpoint(model, precision)  # type: ignore[arg-type]
-        if (profile.name, model, precision) in _TOO_LARGE:
-            with pytest.raises(JobError, match="do not fit into this node's"):
+        nodes = _NODES.get((profile.name, model, precision), 1)
+        if nodes > 1:
+            with pytest.raises(JobError, match=f"do not fit into this node's .* or let {nodes} such nodes hold it together"):
                 plan_replicas(profile, machine, where, replicas=None, options={})
-            continue
-        plan = plan_replicas(profile, machine, where, replicas=None, options={})
+        plan = plan_replicas(profile, machine, where, replicas=None, options={}, most_nodes=nodes)
         width = plan.options.get("tensor_parallel_size", 1)
         assert plan.replicas * width == machine.num_gpus
+        assert plan.nodes == nodes == plan.options.get("pipeline_parallel_size", 1)
         args = EngineArgs(model=where.path, **plan.options)
         assert (args.tensor_parallel_size, args.max_num_seqs, args.dtype) == (width, profile.max_num_seqs, "bfloat16")
+        assert (args.pipeline_parallel_size, args.nnodes) == (nodes, nodes)
+        width *= nodes
         assert args.gpu_memory_utilization == MEMORY_SHARE
         kv_bytes = where.kv_values_per_token * (1 if plan.options.get("kv_cache_dtype") == "fp8" else 2)
         room = width * (MEMORY_SHARE * machine.gpu_memory_bytes - OVERHEAD_BYTES) - where.weights_bytes
@@ -83,6 +87,9 @@ def test_a_size_becomes_engine_arguments_and_the_model_fits(profile: Profile, mo
         if width > 1:  # a smaller one does not hold 64 rows
             smaller = width / 2 * (MEMORY_SHARE * machine.gpu_memory_bytes - OVERHEAD_BYTES) - where.weights_bytes
             assert smaller < 64 * 1024 * kv_bytes
+        if nodes > 1:  # one node less does not hold eight
+            fewer = width * (1 - 1 / nodes) * (MEMORY_SHARE * machine.gpu_memory_bytes - OVERHEAD_BYTES) - where.weights_bytes
+            assert fewer < 8 * 1024 * kv_bytes
 
 
 def test_a_user_may_ask_for_more_devices_a_replica() -> None:
