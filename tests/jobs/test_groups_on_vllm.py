@@ -36,8 +36,6 @@ def site(tiny_model: Path, write_table: Callable[..., Path], tmp_path: Path) -> 
 def test_half_of_the_layers_on_each_of_two_nodes_and_one_of_them_killed(
     site: Site, make_job: Callable[..., JobSpec], tmp_path: Path
 ) -> None:
-    site: Site, make_job: Callable[..., JobSpec], tmp_path: Path
-) -> None:
     site.scheduler()
     leader, other = gathered(site, "one", "two")
     assert "without TLS: nobody else may be on their network" in leader.log
