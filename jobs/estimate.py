@@ -99,9 +99,9 @@ def offers(
         speed, span, precision, wider = made
         devices, batch, rate = speed.devices, speed.batch, speed.output_tokens_per_s
         assert profile.node is not None
-        per_node = profile.node.devices // span.devices
-        for groups in nodes:
-            replicas, count = per_node * groups, span.nodes * groups
+        per_group = profile.node.devices // span.devices if span.nodes == 1 else 1
+        for groups in sorted({max(1, count // span.nodes) for count in nodes}):
+            replicas, count = per_group * groups, span.nodes * groups
             total = rate * replicas
             mean = _hours(output.value / total, lengths, rate, batch)
             low = _hours(output.low / (total * faster), lengths, rate * faster, batch)

@@ -32,6 +32,7 @@ from jobs.reuse import context_of
 from jobs.reuse import find_answered
 from jobs.sample import read_sampled
 from pipeline.engine.engine import Request
+from pipeline.fit import MOST_NODES
 from pipeline.hardware import find_profile
 from pipeline.hardware import known_sizes
 from pipeline.profile import cut_machine
@@ -162,7 +163,9 @@ def _remarks(found: Sequence[Offer], num_sizes: int, nodes: Sequence[int]) -> li
     remarks = ["Speeds by roofline are of vLLM, and of nobody's measurement here; prices are the profiles', dated there: set your own."]
     if len(sizes) < num_sizes:
         left = num_sizes - len(sizes)
-        remarks.append(f"{left} of {num_sizes} sizes cannot hold this model on one node; `tokenmill model prepare` makes it smaller.")
+        remarks.append(
+            f"{left} of {num_sizes} sizes cannot hold this model on {MOST_NODES} nodes; `tokenmill model prepare` makes it smaller."
+        )
     if max(nodes) > 1:
-        remarks.append("Several nodes are independent replicas: their speeds add, and so does their start.")
+        remarks.append("Replicas are independent, on one node or several: their speeds add, and so does their start.")
     return [*remarks, *cut_remarks(found)]

@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline import handover
+from pipeline import rendezvous
 from pipeline import storage
 from pipeline import tls
 from pipeline.eviction import watch_evictions
@@ -40,6 +41,7 @@ from pipeline.supervisor import engines_at_once
 from pipeline.worker import EXIT_EVICTED
 from pipeline.worker import WAITING
 from pipeline.worker import WorkerConfig
+from schemas.address import split_address
 from schemas.errors import EXIT_COMPLETE
 from schemas.errors import EngineStartError
 from schemas.errors import JobError
@@ -56,6 +58,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TELL_S = 0.5
 _ALONE_S = 1200.0
 """On a node of Batch: longer than a driver needs to come back on a new machine, and a limit to what a lost one's nodes cost."""
+_LEFT_OVER_S = 7200.0
+"""While a scheduler is there, for the other nodes of a replica: those that replace a lost one may take their time."""
+_ASK_S = 60.0
+_REACH_S = 5.0
 _GONE_S = 300.0
 """A machine is gone 30 s after Azure's notice. One that is still there then was spared, and Batch starts its task again."""
 _NO_CLUSTER = "a worker needs --scheduler or --rendezvous, or a job file whose cluster is kind: address"
@@ -135,7 +141,14 @@ def serve(spec: NodeSpec, say: Callable[[str], None]) -> int:
         specs, max_loading=engines_at_once(kind, plan.replicas), silence_s=spec.job.limits.engine_silence_s, on_death=record_death
     )
     try:
-        _look_after(supervisor, [replica.config for replica in specs], leave, say, _ALONE_S if in_batch else None)
+        _look_after(
+            supervisor,
+            [one.config for one in specs],
+            leave,
+            say,
+            _ALONE_S if in_batch else None,
+            lambda: plan.nodes > 1 and _answers(cluster),
+        )
     finally:
         supervisor.close()
         if watch is not None:
@@ -186,18 +199,42 @@ def alone(members: Sequence[str | None]) -> bool:
     return bool(members) and all(member is not None and member.startswith(WAITING) for member in members)
 
 
+def _answers(cluster: ClusterSpec) -> bool:
+    """Whether somebody is at the scheduler's address."""
+    try:
+        entry = rendezvous.look_up(storage.absolute(cluster.rendezvous)) if cluster.rendezvous else None
+        address = entry.address if entry is not None else cluster.address
+        if address is None:
+            return False
+        _, host, port = split_address(address)
+        socket.create_connection((host.strip("[]"), port), _REACH_S).close()
+    except (OSError, ValueError, JobError):
+        return False
+    return True
+
+
 def _look_after(
-    supervisor: Supervisor, configs: list[WorkerConfig], leave: threading.Event, say: Callable[[str], None], alone_s: float | None
+    supervisor: Supervisor,
+    configs: list[WorkerConfig],
+    leave: threading.Event,
+    say: Callable[[str], None],
+    alone_s: float | None,
+    answers: Callable[[], bool],
 ) -> None:
-    """Say what happens; on notice, or alone for longer than this, evict, and wait for the end of that. Raises EngineStartError."""
+    """Say what happens; on notice, or alone for longer than this, evict, and wait for the end of that. Raises EngineStartError.
+
+    A node that waits for others of its replica while the scheduler `answers` may stay longer: those may be on their way.
+    """
     members: dict[str, str] = {}
-    told, company = False, time.monotonic()
+    told, company, next_ask = False, time.monotonic(), 0.0
     while not supervisor.ended:
         if not alone([members.get(config.name) for config in configs]):
             company = time.monotonic()
-        elif alone_s is not None and time.monotonic() - company > alone_s and not told:
-            say(f"no scheduler for {alone_s / 60:.0f} minutes: this node costs money and nobody needs it")
-            leave.set()
+        elif alone_s is not None and time.monotonic() > max(company + alone_s, next_ask) and not told:
+            next_ask, waited_s = time.monotonic() + _ASK_S, time.monotonic() - company
+            if waited_s > _LEFT_OVER_S or not answers():
+                say(f"nobody to work with for {waited_s / 60:.0f} minutes: this node costs money and nobody needs it")
+                leave.set()
         if leave.wait(_TELL_S) and not told:
             told = True
             say("leaving: units in flight save their finished rows and are handed back")

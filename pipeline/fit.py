@@ -20,6 +20,8 @@ LONGEST_ROW = 1.05
 """Times its keys and values that a cache has room for at least: vLLM counts in blocks, and refuses less than one longest row."""
 MOST_NODES = 16
 """That one replica may span: Llama 3.1 405B in 16 bits takes four of the smallest ND nodes."""
+_UNEVEN = 1.1
+"""Times the mean that the fullest stage holds: layers are whole, and the first and the last have the embedding or the output layer too."""
 _STEP = 256
 """Tokens that the longest row is a multiple of."""
 _WIDTH_BYTES = {"float32": 4}
@@ -50,6 +52,11 @@ class Span:
     def all_devices(self) -> int:
         return self.nodes * self.devices
 
+    @property
+    def excess(self) -> float:
+        """Times what the model takes up that all devices together must have, as stages are not even."""
+        return _UNEVEN if self.nodes > 1 else 1.0
+
 
 def span_of(
     options: Mapping[str, Any], *, weight_bytes: float, kv_bytes_per_token: float, memory_bytes: float, most: int, context: int
@@ -63,9 +70,10 @@ def span_of(
         return asked_span(options)
     for nodes in range(1, MOST_NODES + 1):
         # Stages split the layers, so that each node has its share of weights, keys and values.
+        share = Span(devices=most, nodes=nodes).excess / nodes
         devices = devices_needed(
-            weight_bytes=weight_bytes / nodes,
-            kv_bytes_per_token=kv_bytes_per_token / nodes,
+            weight_bytes=weight_bytes * share,
+            kv_bytes_per_token=kv_bytes_per_token * share,
             live_tokens=min(LIVE_TOKENS, whole(options, "max_model_len", context)),
             memory_bytes=memory_bytes,
             most=most,
@@ -88,13 +96,16 @@ def asked_span(options: Mapping[str, Any]) -> Span:
 
 
 def longest_row(
-    options: Mapping[str, Any], *, devices: int, weight_bytes: float, kv_bytes_per_token: float, memory_bytes: float
+    options: Mapping[str, Any], *, span: Span, weight_bytes: float, kv_bytes_per_token: float, memory_bytes: float
 ) -> int | None:
-    """Tokens of the longest row for which so many GPUs' KV cache has room; None where nobody knows their memory, or it has none."""
+    """Tokens of the longest row for which a replica's KV cache has room; None where nobody knows its GPUs' memory, or it has none."""
+    weight_bytes, kv_bytes_per_token = span.excess * weight_bytes, span.excess * kv_bytes_per_token
     if "kv_cache_memory_bytes" in options:
-        room = float(devices * whole(options, "kv_cache_memory_bytes", 1))
+        room = float(span.all_devices * whole(options, "kv_cache_memory_bytes", 1))
     elif memory_bytes:
-        room = kv_room_bytes(devices=devices, weight_bytes=weight_bytes, memory_bytes=memory_bytes, memory_share=_memory_share(options))
+        room = kv_room_bytes(
+            devices=span.all_devices, weight_bytes=weight_bytes, memory_bytes=memory_bytes, memory_share=_memory_share(options)
+        )
     else:
         return None
     return max(0, int(room / (LONGEST_ROW * kv_bytes_per_token)) // _STEP * _STEP) or None

@@ -144,9 +144,13 @@ def gather(
 def _take(uri: str, size: int, above: int, mine: dict[str, Any]) -> Seat:
     for _ in range(_MAX_LOST_RACES):
         seat = next_seat(storage.list_names(uri), size, above)
-        with contextlib.suppress(FileExistsError):  # somebody was quicker
-            storage.create_once(storage.join(uri, seat.name), json.dumps(mine).encode())
-            return seat
+        where, entry = storage.join(uri, seat.name), json.dumps(mine).encode()
+        try:
+            storage.create_once(where, entry)
+        except FileExistsError:  # somebody was quicker, or we were and did not hear it
+            if storage.read_bytes(where) != entry:
+                continue
+        return seat
     raise OSError(f"{uri}: lost the race for {_MAX_LOST_RACES} seats; is something starting nodes in a loop?")
 
 
@@ -196,6 +200,7 @@ def _welcome(
         if (said["group"], said["size"]) != (seat.group, seat.size) or rank in links or rank not in range(1, seat.size):
             raise ValueError(f"not a seat that is free here: {said}")
         name = str(said["name"])
+        link.sendall(b"welcome\n")
     except (GroupOver, OSError, ValueError, KeyError, TypeError):
         link.close()
         return None
@@ -224,6 +229,8 @@ def _follow(uri: str, seat: Seat, name: str, say: Callable[[str], None], tls: ss
             link = tls.wrap_socket(link)
         said = {"group": seat.group, "rank": seat.rank, "size": seat.size, "name": name}
         link.sendall(json.dumps(said).encode() + b"\n")
+        if _line(link) != b"welcome\n":
+            raise GroupOver(f"somebody else answers where {leader} was")
         own = link.getsockname()[0]
         say(f"nodes: number {seat.rank} of group {seat.group}, which {leader} leads")
         _hold(link)

@@ -128,7 +128,7 @@ def own_host(config: WorkerConfig) -> str:
     """This machine's address, as the rest of the cluster reaches it: that from which the scheduler is reached, where there is one yet."""
     try:
         return str(get_ip(get_address_host(_find(config))))
-    except OSError:
+    except (OSError, JobError):  # it says so when it joins
         return str(get_ip())
 
 

@@ -6,10 +6,7 @@ here, whatever the cluster's keys: what travels are ones and zeros, and no messa
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import struct
 import time
 from datetime import timedelta
 from typing import Any
@@ -19,6 +16,7 @@ from torch import distributed
 
 from pipeline.child import Say
 from pipeline.child import serve
+from pipeline.interface import interface_of
 from pipeline.preflight_device import GB
 from pipeline.preflight_device import free_bytes
 from pipeline.preflight_device import take_device
@@ -34,8 +32,6 @@ _PAIR_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 _MAX_ROUNDS = 4
 """Of pairs: a node that is slow with all of four partners is slow itself."""
 _MAX_CALLS = 200
-_SIOCGIFADDR = 0x8915
-"""linux/sockios.h: an interface's address."""
 
 
 def main(data: dict[str, Any], _: Say) -> dict[str, Any]:
@@ -59,19 +55,6 @@ def main(data: dict[str, Any], _: Say) -> dict[str, Any]:
     finally:
         distributed.destroy_process_group()
     return Answer(measurements=tuple(measured)).model_dump(mode="json")
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has this IPv4 address."""
-    for _, name in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-            try:
-                found = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
-                continue
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
-    return None
 
 
 def _all_reduces(order: Order, world: World, device: torch.device, label: str) -> list[Measurement]:

@@ -299,7 +299,7 @@ def _plan_gpus(
     count = 1 if span.nodes > 1 else replicas or max(1, most // width)
     if count * width > most:
         raise JobError(f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {most}")
-    longest = longest_row(asked, **sizes, devices=span.all_devices) or context
+    longest = longest_row(asked, **sizes, span=span) or context
     shortened = longest < context and "max_model_len" not in asked
     if not {"tensor_parallel_size", "pipeline_parallel_size", "nnodes"} & set(asked):
         made |= {"tensor_parallel_size": width} if width > 1 else {}

@@ -192,13 +192,14 @@ def main(config_path: str) -> int:
     if config.kind == "vllm":
         start_reaper()
     model = Model(**config.model)
-    group, options = None, config.options
+    group, watch, options = None, None, config.options
     try:
         if config.nodes > 1:
             group = _meet(config)
-            options = {**options, **group.engine_options()}
+            spawned_at, options = time.monotonic(), {**options, **group.engine_options()}
             if not group.seat.leads:
                 return _follow(config, model, group, options, spawned_at)
+            watch = _GroupWatch(config.name, group)
         replica = Replica(
             name=config.name,
             model=model,
@@ -210,16 +211,17 @@ def main(config_path: str) -> int:
         )
     except Exception as error:  # the process's outermost: whatever it was, the driver must hear of it
         traceback.print_exc()
-        if group is not None and group.is_over(_SURE_S):
-            return EXIT_GROUP_OVER  # then that is why
+        if group is not None and not isinstance(error, JobError):
+            # Whoever fails first need not be who is at fault: each may try again a few times, as after any other death.
+            return EXIT_GROUP_OVER if group.is_over(_SURE_S) else EXIT_ENGINE_DEAD
         message = str(error) if isinstance(error, TokenmillError) else f"{type(error).__name__}: {error}"
         _say(config, state="failed", message=message)
         return EXIT_START_FAILED
     gc.freeze()
     gc.enable()
-    threading.Thread(target=_end_with_engine, args=(replica,), name="engine-watch", daemon=True).start()
-    if group is not None:
-        threading.Thread(target=_end_with_group, args=(replica, group), name="group-watch", daemon=True).start()
+    threading.Thread(target=_end_with_engine, args=(replica, group), name="engine-watch", daemon=True).start()
+    if watch is not None:
+        watch.look_after(replica)
     if config.metrics_port is not None:
         _serve_metrics(config, replica)
     ready: dict[str, Any] = {"state": "ready", "start_s": round(time.monotonic() - spawned_at, 1), "engine": asdict(replica.engine.info)}
@@ -241,6 +243,7 @@ def main(config_path: str) -> int:
 def _meet(config: WorkerConfig) -> Group:
     """The nodes with which this one holds the replica."""
     from pipeline.group import gather
+    from pipeline.interface import interface_of
     from pipeline.membership import own_host
     from pipeline.tls import security
 
@@ -262,6 +265,9 @@ def _meet(config: WorkerConfig) -> Group:
     place = f"part {group.seat.rank} of {group.seat.size} of a replica, with {', '.join(group.peers.values())}"
     print(f"worker {config.name}: {place}; this host is {group.own}", flush=True)
     os.environ["VLLM_HOST_IP"] = group.own  # before vllm is imported
+    if (interface := interface_of(group.own)) is not None:  # else they take what the host's name resolves to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     _say(config, state="starting", member=place)
     return group
 
@@ -293,13 +299,27 @@ def _follow(config: WorkerConfig, model: Model, group: Group, options: dict[str,
     return EXIT_ENGINE_DEAD
 
 
-def _end_with_group(replica: Replica, group: Group) -> None:
-    """A replica without one of its nodes is none: save what is finished, and let the supervisor look for another group."""
-    group.wait()
-    print(f"worker {replica.name}: another node of group {group.seat.group} is gone", file=sys.stderr, flush=True)
-    replica.evict(_SAVE_S)  # where the engine waits for the lost node for ever, its rows end with it
-    time.sleep(1)  # units report
-    os._exit(EXIT_GROUP_OVER)
+class _GroupWatch:
+    """A replica without one of its nodes is none: it saves what is finished, and the supervisor looks for another group."""
+
+    def __init__(self, name: str, group: Group) -> None:
+        """From before the engine starts, which would wait for a lost node for ever."""
+        self._name, self._group = name, group
+        self._replica: Replica | None = None
+        threading.Thread(target=self._end_with_group, name="group-watch", daemon=True).start()
+
+    def look_after(self, replica: Replica) -> None:
+        self._replica = replica
+
+    def _end_with_group(self) -> None:
+        self._group.wait()
+        print(f"worker {self._name}: another node of group {self._group.seat.group} is gone", file=sys.stderr, flush=True)
+        if self._replica is not None:
+            self._replica.evict(_SAVE_S)
+            time.sleep(1)  # units report
+            if isinstance(self._replica.engine.dead, EngineEvicted):
+                os._exit(EXIT_EVICTED)  # between two steps, its rows handed back
+        os._exit(EXIT_GROUP_OVER)  # it waited for the lost node, and its rows end with it
 
 
 def introduction(config: WorkerConfig, model: Model, replica: Replica, *, start_s: float) -> dict[str, Any]:
@@ -358,7 +378,7 @@ def start_reaper() -> None:
         subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _end_with_engine(replica: Replica) -> None:
+def _end_with_engine(replica: Replica, group: Group | None) -> None:
     """A worker without its engine would fail every unit it is given: leave, and let the supervisor start a new one."""
     while replica.engine.dead is None:
         time.sleep(_WATCH_S)
@@ -368,7 +388,7 @@ def _end_with_engine(replica: Replica) -> None:
     print(f"worker {replica.name}: {dead}", file=sys.stderr, flush=True)
     replica.wait_idle(_SAVE_S)  # units in flight save what is finished
     time.sleep(1)  # and report
-    os._exit(EXIT_ENGINE_DEAD)
+    os._exit(EXIT_GROUP_OVER if group is not None and group.is_over(_SURE_S) else EXIT_ENGINE_DEAD)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from jobs.cluster.batch_advice import ended_words
 from jobs.cluster.batch_advice import resize_problems
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
-from jobs.cluster.cluster import node_of
+from jobs.cluster.cluster import num_nodes
 from jobs.scheduler import SchedulerSpec
 from jobs.scheduler import SchedulerThread
 from pipeline import handover
@@ -121,15 +120,15 @@ class Gathering:
     first_at: float | None = None
     changed_at: float = 0.0
 
-    def enough(self, names: Iterable[str], now: float) -> bool:
+    def enough(self, replicas: Sequence[ReplicaState], now: float) -> bool:
         """Given who is there now: whether all nodes are, or no more are waited for, and nobody has just come."""
-        names = frozenset(names)
+        names = frozenset(replica.name for replica in replicas)
         if names != self.names:
             self.names, self.changed_at = names, now
         if not names:
             return False
         self.first_at = now if self.first_at is None else self.first_at
-        all_there = len({node_of(name) for name in names}) >= self.nodes
+        all_there = num_nodes(replicas) >= self.nodes
         return (all_there or now - self.first_at >= _STRAGGLE_S) and now - self.changed_at >= _SETTLE_S
 
 
@@ -233,7 +232,7 @@ class BatchCluster:
 
     def _measure(self, measure: Measure, nodes: ClusterSpec, gathering: Gathering) -> None:
         try:
-            while not gathering.enough((replica.name for replica in self._inner.replicas()), time.monotonic()):
+            while not gathering.enough(self._inner.replicas(), time.monotonic()):
                 if self._closing.wait(_LOOK_S):
                     return
             slow = measure(nodes, self._note)

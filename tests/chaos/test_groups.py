@@ -49,8 +49,7 @@ def gathered(site: Site, *names: str) -> tuple[Command, Command]:
 def test_nodes_in_pairs_are_replicas_and_each_node_is_paid_for(site: Site) -> None:
     site.scheduler()
     nodes = [site.worker(name) for name in ("one", "two", "three", "four")]
-    for node in nodes:
-        node.wait_for(" is ready after ")
+    nodes[0].wait_for("two members", lambda: sum("joined tls://" in node.log for node in nodes) == 2)
     run = site.start("run", "job.yaml", "--json")
     assert run.end() == 0, run.log
     site.prove()
@@ -86,7 +85,6 @@ def test_when_a_node_is_killed_the_other_meets_the_next_one_that_comes_and_no_ro
     run.wait_for("its first part", site.has_parts(1))
     dead, left = (leader, other) if lost == "leader" else (other, leader)
     dead.kill()
-    left.wait_for("another node of its group was lost")
     left.wait_for("waiting for nodes: 1 of 2 of group 2 are there")
     site.worker("three")
     assert run.end() == 0, run.log
@@ -108,6 +106,25 @@ def test_a_node_that_is_asked_to_leave_has_its_replica_save_what_is_finished_fir
     site.worker("three")
     assert run.end() == 0, run.log
     site.prove()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("lost", ["leader", "other"])
+def test_a_node_that_goes_while_the_engine_starts_is_noticed_at_once(site: Site, lost: str, how: signal.Signals) -> None:
+    site.job["engine"]["options"]["start_s"] = 600  # type: ignore[index]
+    nodes = [site.worker(name) for name in ("one", "two")]
+    leads, follows = re.compile(r"part 0 of 2 of a replica"), re.compile(r"part 1 of 2 of the replica")
+    nodes[0].wait_for("a group", lambda: all(any(seat.search(node.log) for node in nodes) for seat in (leads, follows)))
+    dead = next(node for node in nodes if (leads if lost == "leader" else follows).search(node.log))
+    (left,) = [node for node in nodes if node is not dead]
+    if how == signal.SIGKILL:
+        dead.kill()
+    else:
+        dead.send(how)
+        assert dead.end() == 0, dead.log
+    left.wait_for("waiting for nodes: 1 of 2 of group 2 are there")
+    left.send(signal.SIGTERM)
+    assert left.end() == 0, left.log
 
 
 def test_a_leader_that_is_asked_to_leave_hands_its_units_back_and_the_other_node_waits_for_the_next(site: Site) -> None:

@@ -11,6 +11,7 @@ from jobs import batch_run
 from jobs.cluster.azure_batch import DRIVER_TASK
 from jobs.cluster.azure_batch import STAMP
 from jobs.cluster.batch_nodes import Gathering
+from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import node_of
 from pipeline.commit import read_report
 from schemas.errors import JobError
@@ -41,21 +42,31 @@ def workers(place: Place) -> set[str]:
     return {read_report(f"az://{place.out}/{part}").worker for part in parts}
 
 
+def states(*names: str, nodes: int = 1) -> list[ReplicaState]:
+    return [ReplicaState(name=name, window_rows=8, engine={"options": {"nnodes": nodes}}) for name in names]
+
+
+def test_all_are_there_when_each_replica_brings_the_nodes_that_it_spans() -> None:
+    gathering = Gathering(nodes=4)
+    assert not gathering.enough(states(*BOTH, nodes=2), 10.0)
+    assert gathering.enough(states(*BOTH, nodes=2), 30.0)
+
+
 def test_nodes_are_measured_when_all_are_there_and_nobody_has_just_come() -> None:
     gathering = Gathering(nodes=2)
     assert not gathering.enough([], 0.0)
-    assert not gathering.enough(BOTH[:1], 10.0)
-    assert not gathering.enough(BOTH, 100.0)
-    assert not gathering.enough([*BOTH, "node-0001-1"], 115.0)  # a further replica of a node: its start would disturb
-    assert not gathering.enough([*BOTH, "node-0001-1"], 134.0)
-    assert gathering.enough([*BOTH, "node-0001-1"], 135.0)
+    assert not gathering.enough(states(*BOTH[:1]), 10.0)
+    assert not gathering.enough(states(*BOTH), 100.0)
+    assert not gathering.enough(states(*BOTH, "node-0001-1"), 115.0)  # a further replica of a node: its start would disturb
+    assert not gathering.enough(states(*BOTH, "node-0001-1"), 134.0)
+    assert gathering.enough(states(*BOTH, "node-0001-1"), 135.0)
 
 
 def test_a_node_that_does_not_come_is_not_waited_for_for_ever() -> None:
     gathering = Gathering(nodes=2)
-    assert not gathering.enough(BOTH[:1], 10.0)
-    assert not gathering.enough(BOTH[:1], 609.0)
-    assert gathering.enough(BOTH[:1], 610.0)
+    assert not gathering.enough(states(*BOTH[:1]), 10.0)
+    assert not gathering.enough(states(*BOTH[:1]), 609.0)
+    assert gathering.enough(states(*BOTH[:1]), 610.0)
     assert not gathering.enough([], 700.0)  # a spot node that went again
 
 

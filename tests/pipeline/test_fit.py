@@ -27,7 +27,7 @@ def devices(weights: float, *, most: int = 8, memory: float = MEMORY, **options:
 
 
 def longest(weights: float, *, width: int = 1, memory: float = MEMORY, **options: Any) -> int | None:
-    return longest_row(options, devices=width, weight_bytes=weights, kv_bytes_per_token=1e5, memory_bytes=memory)
+    return longest_row(options, span=Span(devices=width), weight_bytes=weights, kv_bytes_per_token=1e5, memory_bytes=memory)
 
 
 def test_the_fewest_devices_that_hold_weights_and_a_batch_are_taken() -> None:

@@ -167,6 +167,7 @@ def test_a_seat_whose_node_never_comes_ends_its_group(nodes: Nodes, monkeypatch:
     storage.create_once(storage.join(nodes.uri, Seat(group=1, rank=1, size=2).name), b"{}")
     wait_until(nodes.waits("a", "1 of 2 of group 2"), "the next group")
     assert any("whoever took seat 1 of group 1 did not come" in line for line in nodes.said["a"])
+    monkeypatch.setattr(group, "_ABSENT_S", 60.0)
     nodes.start("b").result(PATIENCE_S)
     assert waiting.result(PATIENCE_S).seat.group == 2
 
@@ -180,6 +181,7 @@ def test_strangers_at_a_leaders_door_are_sent_away(nodes: Nodes, monkeypatch: py
     no_seat = b'{"group": 1, "rank": 5, "size": 2, "name": "x"}\n'
     for words in (b"GET / HTTP/1.1\r\n\r\n", others_seat, no_seat, b"[]\n", b"", b"x" * 5000):
         assert sent_away(led["port"], words)
+    monkeypatch.setattr(group, "_REACH_S", 10.0)
     nodes.start("b").result(PATIENCE_S)
     assert (waiting.result(PATIENCE_S).peers, waiting.result().seat.group) == ({1: "b"}, 1)
 
