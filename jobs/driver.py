@@ -52,7 +52,8 @@ _LOOK_EVERY_S = 0.25
 _CONTROL_EVERY_S = 2.0
 _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2
-_MAX_UNITS_PER_REPLICA = 24
+_MAX_UNITS_PER_REPLICA = 128
+"""Of two rows each, they fill a batch of 256; 24 of them leave it so empty that a quarter of the speed is lost."""
 LIGHTEST = 8
 """Where rows are taken over from earlier outputs, up to so many times the usual units are sent, since engines see few of their rows."""
 _MAX_NOTES = 50

@@ -52,8 +52,8 @@ from schemas.job import LimitsSpec
 from schemas.sampling import Frozen
 from schemas.storage import StorageSpec
 
-_UNITS_AT_ONCE = 24
-"""In flight on one replica at most; how many the driver sends depends on its job's rows."""
+_UNITS_AT_ONCE = 128
+"""In flight on one replica at most, each in a thread that starts when it is needed; how many the driver sends, its job's rows decide."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TELL_S = 0.5
 _ALONE_S = 1200.0

@@ -473,8 +473,8 @@ def test_a_run_knows_what_earlier_runs_have_done(make_job: MakeJob, accepted: Ac
 
 @pytest.mark.parametrize(
     ("num_units", "rows", "window_rows", "expected"),
-    [(32, 41, 256, 9), (15, 16, 256, 18), (32, 31_250, 512, 3), (500, 16, 2048, 24), (1, 0, 256, 24)],
-    ids=["gsm8k", "small units", "units above the window", "no more than the limit", "no rows"],
+    [(32, 41, 256, 9), (15, 16, 256, 18), (32, 31_250, 512, 3), (192, 2, 150, 77), (500, 16, 2048, 128), (1, 0, 64, 66)],
+    ids=["gsm8k", "small units", "units above the window", "tiny units", "no more than the limit", "no rows"],
 )
 def test_units_in_flight_fill_the_window_and_two_more(num_units: int, rows: int, window_rows: int, expected: int) -> None:
     starts = [rows * unit for unit in range(num_units)]
