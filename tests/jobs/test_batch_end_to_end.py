@@ -177,6 +177,27 @@ def test_a_taken_node_and_a_killed_driver_come_back_and_no_row_is_lost(place: Pl
     assert said.log.count("joined tls://") == 2
 
 
+def test_a_replica_on_both_nodes_comes_back_when_one_of_them_is_taken(place: Place) -> None:
+    place.job["engine"]["options"] = {**_ENGINE, "decode_tokens_per_s": 50, "nnodes": 2}
+    place.put("a.parquet", 0)
+    command = place.run("submit", "../job.yaml")
+    assert command.end() == 0, command.log
+    place.wait_for("two units are committed", lambda: place.committed() >= 2)
+    taken = place.task("-nodes", "node-0000")
+    place.site.service.preempt(taken)
+    place.site.service.restore()
+    driver = place.task("night-" + command.log.split("job night-")[1].split()[0], "driver")
+    place.wait_for("the driver is over", lambda: driver.state == "completed")
+    assert driver.exit_code == 0
+    proven(f"az://{place.out}/run", _ROWS)
+    nodes = place.job_of("-nodes")
+    assert nodes is not None
+    assert place.log(nodes, "node-0001").count("waiting for nodes: ") >= 2  # for the first group, and for the next
+    assert sorted({name.split("/")[-1] for name in place.azurite.names(place.out) if "/groups-" in name}) == [
+        f"{group:08d}-{rank}.json" for group in (1, 2) for rank in (0, 1)
+    ]
+
+
 def test_a_cancelled_job_drains_is_not_started_again_and_goes_on_when_submitted_again(place: Place) -> None:
     place.job["engine"]["options"] = {**_ENGINE, "decode_tokens_per_s": 12}
     place.put("a.parquet", 0)
