@@ -46,6 +46,7 @@ def gathered(site: Site, *names: str) -> tuple[Command, Command]:
     return leader, next(node for node in nodes if node is not leader)
 
 
+@pytest.mark.long
 def test_nodes_in_pairs_are_replicas_and_each_node_is_paid_for(site: Site) -> None:
     site.scheduler()
     nodes = [site.worker(name) for name in ("one", "two", "three", "four")]
@@ -64,6 +65,7 @@ def test_nodes_in_pairs_are_replicas_and_each_node_is_paid_for(site: Site) -> No
     assert account.node_s > 3 * account.elapsed_s  # of four nodes; two would be half of it
 
 
+@pytest.mark.long
 def test_a_single_node_says_whom_it_waits_for_and_works_when_the_other_comes(site: Site) -> None:
     site.scheduler()
     first = site.worker("one")
@@ -77,7 +79,7 @@ def test_a_single_node_says_whom_it_waits_for_and_works_when_the_other_comes(sit
     assert first.end() == 0, first.log
 
 
-@pytest.mark.parametrize("lost", ["leader", "other"])
+@pytest.mark.parametrize("lost", [pytest.param("leader", marks=pytest.mark.long), "other"])
 def test_when_a_node_is_killed_the_other_meets_the_next_one_that_comes_and_no_row_is_lost(site: Site, lost: str) -> None:
     site.scheduler()
     leader, other = gathered(site, "one", "two")
@@ -108,6 +110,7 @@ def test_a_node_that_is_asked_to_leave_has_its_replica_save_what_is_finished_fir
     site.prove()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("lost", ["leader", "other"])
 def test_a_node_that_goes_while_the_engine_starts_is_noticed_at_once(site: Site, lost: str, how: signal.Signals) -> None:
@@ -127,6 +130,7 @@ def test_a_node_that_goes_while_the_engine_starts_is_noticed_at_once(site: Site,
     assert left.end() == 0, left.log
 
 
+@pytest.mark.long
 def test_a_leader_that_is_asked_to_leave_hands_its_units_back_and_the_other_node_waits_for_the_next(site: Site) -> None:
     site.scheduler()
     leader, other = gathered(site, "one", "two")
