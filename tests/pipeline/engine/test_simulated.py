@@ -169,7 +169,7 @@ def test_its_info_names_its_limits_and_rates() -> None:
     info = core(max_num_seqs=7).info
     assert (info.kind, info.max_num_seqs, info.max_model_len) == ("simulated", 7, MAX_LEN)
     assert info.options == {
-        "decode_tokens_per_s": 1e7, "prefill_tokens_per_s": 1e8, "max_num_seqs": 7, "start_s": 0.0, "lengths": "varied",
+        "decode_tokens_per_s": 1e7, "prefill_tokens_per_s": 1e8, "max_num_seqs": 7, "start_s": 0.0, "nnodes": 1, "lengths": "varied",
         "dies_on_token": None, "hangs_on_token": None,
     }  # fmt: skip
 
