@@ -139,7 +139,7 @@ class SimulatedOptions(Frozen):
     max_num_seqs: int = Field(default=256, ge=1)
     start_s: float = Field(default=0.0, ge=0)
     nnodes: int = Field(default=1, ge=1)
-    """Nodes that one replica spans; see jobs/cluster/README.md."""
+    """Nodes that one replica spans; see jobs/cluster/README.md, Replicas over several nodes."""
     lengths: Literal["varied", "max"] = "varied"
     """Completion lengths: a fixed function of the prompt between 1 and max_tokens, or always max_tokens."""
     dies_on_token: int | None = None
