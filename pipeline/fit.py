@@ -20,6 +20,8 @@ LONGEST_ROW = 1.05
 """Times its keys and values that a cache has room for at least: vLLM counts in blocks, and refuses less than one longest row."""
 MOST_NODES = 16
 """That one replica may span: Llama 3.1 405B in 16 bits takes four of the smallest ND nodes."""
+SPLITS = frozenset({"tensor_parallel_size", "pipeline_parallel_size", "nnodes"})
+"""Engine arguments that say how a replica is split; with any of them, nothing is worked out."""
 _UNEVEN = 1.1
 """Times the mean that the fullest stage holds: layers are whole, and the first and the last have the embedding or the output layer too."""
 _STEP = 256
@@ -66,7 +68,7 @@ def span_of(
     Where a node's `most` do not hold them: all of as few nodes as do, each with a stage of the model's layers. None where not even
     MOST_NODES hold them. Raises JobError where an option is none.
     """
-    if not memory_bytes or {"tensor_parallel_size", "pipeline_parallel_size", "nnodes"} & set(options):
+    if not memory_bytes or SPLITS & set(options):
         return asked_span(options)
     for nodes in range(1, MOST_NODES + 1):
         # Stages split the layers, so that each node has its share of weights, keys and values.

@@ -81,11 +81,11 @@ class Group:
 
     def wait(self) -> None:
         """Until the group is over."""
-        while not any(map(_over, select.select(self._links, [], [])[0])):
+        while not self.is_over(None):
             pass
 
-    def is_over(self, timeout_s: float) -> bool:
-        """Whether it is, or is so many seconds from now."""
+    def is_over(self, timeout_s: float | None) -> bool:
+        """Whether it is, or is so many seconds from now; with None, waits for the first sign, which may be none of its end."""
         return any(map(_over, select.select(self._links, [], [], timeout_s)[0]))
 
     def say_leaving(self) -> None:

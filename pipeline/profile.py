@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.fit import LONGEST_ROW
+from pipeline.fit import SPLITS
 from pipeline.fit import Span
 from pipeline.fit import asked_span
 from pipeline.fit import kv_width_bytes
@@ -301,7 +302,7 @@ def _plan_gpus(
         raise JobError(f"cluster.replicas: {count} replicas of {width} GPUs each need {count * width}, this machine has {most}")
     longest = longest_row(asked, **sizes, span=span) or context
     shortened = longest < context and "max_model_len" not in asked
-    if not {"tensor_parallel_size", "pipeline_parallel_size", "nnodes"} & set(asked):
+    if not SPLITS & set(asked):
         made |= {"tensor_parallel_size": width} if width > 1 else {}
         made |= {"pipeline_parallel_size": span.nodes, "nnodes": span.nodes} if span.nodes > 1 else {}
     made |= {"distributed_executor_backend": "mp"} if span.nodes > 1 else {}

@@ -118,6 +118,15 @@ def proven(out_uri: str, rows: int) -> None:
     assert (verdict.problems, verdict.complete, verdict.rows_proven) == ([], True, rows)
 
 
+def at_work(place: Place) -> Command:
+    """A submitted job of which two units are committed."""
+    place.put("a.parquet", 0)
+    command = place.run("submit", "../job.yaml")
+    assert command.end() == 0, command.log
+    place.wait_for("two units are committed", lambda: place.committed() >= 2)
+    return command
+
+
 def test_a_submitted_job_runs_on_two_nodes_to_its_end_and_leaves_nothing_behind(place: Place) -> None:
     place.put("a.parquet", 0)
     command = place.run("submit", "../job.yaml", "--wait")
@@ -147,10 +156,7 @@ def test_a_submitted_job_runs_on_two_nodes_to_its_end_and_leaves_nothing_behind(
 
 def test_a_taken_node_and_a_killed_driver_come_back_and_no_row_is_lost(place: Place) -> None:
     place.job["engine"]["options"] = {**_ENGINE, "decode_tokens_per_s": 25}  # some 25 s on two nodes
-    place.put("a.parquet", 0)
-    command = place.run("submit", "../job.yaml")
-    assert command.end() == 0, command.log
-    place.wait_for("two units are committed", lambda: place.committed() >= 2)
+    command = at_work(place)
     # A spot node vanishes: its task goes back into the queue, and runs again once there is a machine.
     taken = place.task("-nodes", "node-0000")
     place.site.service.preempt(taken)
@@ -179,10 +185,7 @@ def test_a_taken_node_and_a_killed_driver_come_back_and_no_row_is_lost(place: Pl
 
 def test_a_replica_on_both_nodes_comes_back_when_one_of_them_is_taken(place: Place) -> None:
     place.job["engine"]["options"] = {**_ENGINE, "decode_tokens_per_s": 50, "nnodes": 2}
-    place.put("a.parquet", 0)
-    command = place.run("submit", "../job.yaml")
-    assert command.end() == 0, command.log
-    place.wait_for("two units are committed", lambda: place.committed() >= 2)
+    command = at_work(place)
     taken = place.task("-nodes", "node-0000")
     place.site.service.preempt(taken)
     place.site.service.restore()
