@@ -134,6 +134,11 @@ class SchedulerThread:
         return await _serve(self._spec, self._security, self._say, self._stop, lambda: self._ready.put(None))
 
 
+def hush_lost_connections() -> None:
+    """Dask logs a traceback of each at INFO, also after the cluster or client is closed that it belonged to. For the process's rest."""
+    logging.getLogger("distributed.batched").setLevel(logging.WARNING)
+
+
 def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard // 2), hard))  # a worker takes several, and 1,024 are soon gone
@@ -142,7 +147,7 @@ def _allow_many_files() -> None:
 async def _serve(
     spec: SchedulerSpec, security: Any, say: Callable[[str], None], stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None
 ) -> int:
-    logging.getLogger("distributed.batched").setLevel(logging.WARNING)  # at INFO it logs a traceback of every worker that is lost
+    hush_lost_connections()
     scheduler = await _start(spec, security)
     try:
         mine = await asyncio.to_thread(_publish, spec, scheduler.address)

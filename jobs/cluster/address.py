@@ -28,6 +28,7 @@ from jobs.cluster.cluster import node_of
 from jobs.cluster.dask_units import DaskUnits
 from jobs.cluster.dask_units import addresses_of
 from jobs.cluster.dask_units import replica_states
+from jobs.scheduler import hush_lost_connections
 from pipeline import rendezvous
 from pipeline import tls
 from pipeline.model import Model
@@ -137,6 +138,7 @@ class AddressCluster:
         self._settings.enter_context(dask.config.set(DASK_CONFIG))
         # Dask logs a traceback of every lost connection; what it means is said in notes.
         self._settings.enter_context(silence_logging_cmgr(logging.CRITICAL))
+        hush_lost_connections()
         self._thread = threading.Thread(target=self._keep_connected, name="connection", daemon=True)
         self._thread.start()
 

@@ -17,6 +17,7 @@ from distributed.comm import get_address_host
 from distributed.utils import silence_logging_cmgr
 
 from jobs.cluster.cluster import node_of
+from jobs.scheduler import hush_lost_connections
 from pipeline import rendezvous
 from pipeline import tls
 from pipeline.preflight import node_task
@@ -71,6 +72,7 @@ class DaskNodes:
         self._settings = contextlib.ExitStack()
         self._settings.enter_context(dask.config.set(DASK_CONFIG))
         self._settings.enter_context(silence_logging_cmgr(logging.CRITICAL))
+        hush_lost_connections()
         try:
             self._client = _connect(spec)
             self._settings.callback(self._client.close, timeout=2)

@@ -70,9 +70,11 @@ class LocalCluster:
 
         from jobs.cluster.dask_units import DaskUnits
         from jobs.scheduler import SCHEDULER_CONFIG
+        from jobs.scheduler import hush_lost_connections
 
         self._config = dask.config.set(SCHEDULER_CONFIG)
         self._config.__enter__()
+        hush_lost_connections()
         self._dask = DaskCluster(
             n_workers=0, processes=True, host="127.0.0.1", protocol="tcp://", dashboard_address="127.0.0.1:0", silence_logs=50
         )

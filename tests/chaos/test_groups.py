@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,9 @@ def leader_of(nodes: list[Command]) -> Command:
     return found
 
 
-def gathered(site: Site, *names: str) -> tuple[Command, Command]:
-    """A group's leader and its other node, at work."""
-    nodes = [site.worker(name) for name in names]
+def gathered(site: Site, *names: str, cores: Sequence[int | None] = (None, None)) -> tuple[Command, Command]:
+    """A group's leader and its other node, at work; each with a core to itself where `cores` says which."""
+    nodes = [site.worker(name, core=core) for name, core in zip(names, cores, strict=True)]
     for node in nodes:
         node.wait_for(" is ready after ")
     nodes[0].wait_for("a member", lambda: any("joined tls://" in node.log for node in nodes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -125,8 +126,11 @@ class Site:
         command.wait_for("scheduler at ")
         return command
 
-    def worker(self, name: str = "node", *arguments: str) -> Command:
-        return self.start("worker", "job.yaml", "--name", name, *arguments)
+    def worker(self, name: str = "node", *arguments: str, core: int | None = None) -> Command:
+        command = self.start("worker", "job.yaml", "--name", name, *arguments)
+        if core is not None:
+            os.sched_setaffinity(command.pid, {core})
+        return command
 
     def has_parts(self, count: int) -> Callable[[], bool]:
         return lambda: len(list(self.out.glob("part-*.parquet"))) >= count
