@@ -37,7 +37,7 @@ SPEED_ONLY = frozenset(
         "async_scheduling", "attention_backend", "block_size", "compilation_config", "decode_tokens_per_s",
         "distributed_executor_backend",
         "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
-        "kv_cache_memory_bytes", "load_format", "max_cudagraph_capture_size",
+        "ir_op_priority", "kv_cache_memory_bytes", "load_format", "max_cudagraph_capture_size",
         "max_num_batched_tokens", "max_num_seqs", "nnodes", "pipeline_parallel_size",
         "prefill_tokens_per_s", "start_s", "tensor_parallel_size",
     }

@@ -283,7 +283,8 @@ def space_for(
     prompt, too. KV types that lose precision are for the caller to allow. Raises JobError where the model fits nowhere.
     """
     plan = plan_replicas(base, machine, models[0], replicas=replicas, options=dict(options))
-    free = {name: value for name, value in plan.options.items() if name in (*_FIELDS, *base.options) and name not in options}
+    own = {name for name, value in base.options.items() if not isinstance(value, Mapping)}  # nothing to vary in the others
+    free = {name: value for name, value in plan.options.items() if name in {*_FIELDS, *own} and name not in options}
     preload = tuple(name for name in ALLOCATORS if name in machine.libraries)[:1] if base.device == "cpu" else ()
     start = Setting(model=models[0].weights_digest, replicas=plan.replicas, options=(), preload=preload).but(**free)
     build = _gpu_space if base.device == "gpu" else _cpu_space
@@ -425,7 +426,7 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
     dtypes: list[dict[str, Any]] = [{"dtype": name} for name in space.dtypes] or [{}]
     models = (*space.models[1:], *space.models[:1])
     best = yield from best_among([_on(space, best, model).but(**dtype) for model in models for dtype in dtypes])
-    if space.cuts_of(best.model) != space.cuts_of(first):
+    if best.model != first:  # quicker GEMMs leave more of a step to what one thread does for all
         best = yield from _climb(best, _cuts(space, best), ask)
     early: list[Mapping[str, Any]] = (
         [{"enforce_eager": False}] if best.get("enforce_eager") and defaults_rate > _NEARLY * rates[best.key] else []

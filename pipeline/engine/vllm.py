@@ -1,4 +1,4 @@
-"""vLLM as a Core: the only module that imports vllm. Driven by token ids through add_request and step.
+"""vLLM as a Core: with norms.py the only module that imports vllm. Driven by token ids through add_request and step.
 
 VLLM_* and allocator variables must be set before the process starts; see pipeline/profiles.
 """
@@ -21,6 +21,7 @@ from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
 from pipeline.engine.engine import may_go_on
+from pipeline.engine.norms import register
 from pipeline.versions import installed
 from schemas.errors import EngineStartError
 from schemas.errors import JobError
@@ -62,6 +63,7 @@ class VllmCore:
     def __init__(self, *, model_path: str, options: dict[str, Any]) -> None:
         """Load the model. Raises JobError on unknown options, EngineStartError with vLLM's own cause."""
         check_options(options)
+        register()
         try:
             self._llm = vllm.LLM(model=model_path, disable_log_stats=True, **options)
         except Exception as error:
@@ -152,6 +154,7 @@ def follow(*, model_path: str, options: dict[str, Any], ready: Callable[[dict[st
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     check_options(options)
+    register()
     try:
         arguments = vllm.EngineArgs(model=model_path, disable_log_stats=True, **options)
         config = arguments.create_engine_config(UsageContext.LLM_CLASS, headless=True)  # the same defaults as the leader's

@@ -84,9 +84,17 @@ def test_the_search_finds_the_best_setting_of_a_machine_whose_dimensions_do_not_
     assert (best.model, best.get("dtype"), best.replicas, best.get("max_num_seqs"), best.preload) == ("int8", "float32", 2, 64, ("iomp",))
 
 
+def test_replicas_are_tried_again_with_weights_that_proved_quicker() -> None:
+    def speed(setting: Setting) -> float:
+        return cpu_speed(setting) * (0.5 if setting.replicas == 2 and setting.model == "plain" else 1.0)
+
+    step, _ = search(space(CPU, MODEL, INT8), speed)
+    assert (step.best.model, step.best.replicas) == ("int8", 2)
+
+
 def test_it_needs_few_trials() -> None:
     _, outcomes = search(space(CPU, MODEL, INT8), cpu_speed)
-    assert len(outcomes) <= 18
+    assert len(outcomes) <= 19
 
 
 def test_a_search_goes_on_where_it_was_stopped() -> None:

@@ -73,7 +73,8 @@ def main() -> int:
     rows = read_rows(options.data, options.rows)
     plain, tuned = resolve_model(options.model).path, resolve_model(options.tuned_model or options.model).path
     theirs_model = tuned if setting == "same-engine" else plain
-    plan = cut_machine(EngineSpec(profile="local-cpu", ordering="off", options=options.engine), resolve_model(tuned), replicas=1)
+    asked = {"ir_op_priority": {}, **options.engine}  # the kernels that our profile names are none of a peer's installation
+    plan = cut_machine(EngineSpec(profile="local-cpu", ordering="off", options=asked), resolve_model(tuned), replicas=1)
     tokenizer = load_tokenizer(plain)
     work = Path(tempfile.mkdtemp(prefix="tokenmill-peers-"))
     found: dict[str, list[Round]] = {}
