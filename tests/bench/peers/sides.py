@@ -22,7 +22,7 @@ Setting = Literal["defaults", "same-engine"]
 
 DRIVERS = Path(__file__).parent / "drivers"
 _ENGINES = Path(__file__).parent / "raw.py"
-_TUNING = ("VLLM_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "LD_PRELOAD", "PYTHONPATH", "PYTHONMALLOC", "TOKENMILL_", "RAY_")
+_TUNING = ("VLLM_", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_", "LD_PRELOAD", "PYTHONPATH", "PYTHONMALLOC", "TOKENMILL_", "RAY_")
 """Variables of the caller's that would tune one side behind the bench's back."""
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
