@@ -2,7 +2,8 @@
 
 python -m tests.bench.engines --data gsm8k_test.jsonl --rows 384 --rounds 3 --tuned-model FOLDER
 
-Output tokens a second of both sides, from the first row in to the last one out, without starts; the ratio's median.
+Output tokens a second of both sides, from the first row in to the last one out, without starts; the ratio's median. --settings is over
+our profile's (see peers/raw.py), and with --against the other side is the same model with other settings over our profile's.
 """
 
 from __future__ import annotations
@@ -33,24 +34,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tuned-model", required=True)
+    parser.add_argument("--settings", default="{}", help="JSON")
+    parser.add_argument("--against", help="JSON; by default the other side is the plain model with vLLM's own defaults")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     rows = read_rows(options.data, options.rows)
     plain, tuned = resolve_model(options.model).path, resolve_model(options.tuned_model).path
-    rounds = []
+    rounds, name = [], "vLLM's defaults" if options.against is None else "the other settings"
     with tempfile.TemporaryDirectory(prefix="tokenmill-engines-") as folder:
         table = Path(folder, "in")
         write_parquet(rows, table)
         for number in range(options.rounds):
-            ours = _run(table, Path(folder, f"ours-{number}"), tuned)
-            theirs = _run(table, Path(folder, f"theirs-{number}"), plain, "--defaults")
+            ours = _run(table, Path(folder, f"ours-{number}"), tuned, "--settings", options.settings)
+            other = (plain, "--defaults") if options.against is None else (tuned, "--settings", options.against)
+            theirs = _run(table, Path(folder, f"theirs-{number}"), *other)
             rounds.append((ours, theirs))
             if not options.json:
-                print(f"round {number}: ours {_rate(ours):.0f}, vLLM's defaults {_rate(theirs):.0f} output tokens/s", flush=True)
+                print(f"round {number}: ours {_rate(ours):.0f}, {name} {_rate(theirs):.0f} output tokens/s", flush=True)
     found = {
         "rows": len(rows),
         "ours_output_tokens_per_s": statistics.median(_rate(ours) for ours, _ in rounds),
-        "defaults_output_tokens_per_s": statistics.median(_rate(theirs) for _, theirs in rounds),
+        "other_output_tokens_per_s": statistics.median(_rate(theirs) for _, theirs in rounds),
         "median_ratio": statistics.median(_rate(ours) / _rate(theirs) for ours, theirs in rounds),
         "our_replicas": rounds[0][0]["replicas"],
         "our_options": rounds[0][0]["options"],
