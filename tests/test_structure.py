@@ -28,8 +28,8 @@ _PREFLIGHT = {f"pipeline/preflight_{part}.py" for part in ("compute", "device", 
 _OWNERS = {
     "adlfs": {"pipeline/azure_blob.py"},
     "azure": {"pipeline/azure_blob.py", "pipeline/credentials.py", *_BATCH},
-    "vllm": {"pipeline/engine/vllm.py"},
-    "torch": {"pipeline/engine/vllm.py", "pipeline/quantise.py", *_PREFLIGHT},
+    "vllm": {"pipeline/engine/norms.py", "pipeline/engine/vllm.py"},
+    "torch": {"pipeline/engine/norms.py", "pipeline/engine/vllm.py", "pipeline/quantise.py", *_PREFLIGHT},
     "click": _COMMANDS,
     "cryptography": {"pipeline/tls.py"},
     "distributed": {
