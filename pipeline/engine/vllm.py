@@ -15,13 +15,13 @@ import vllm
 from vllm.sampling_params import RequestOutputKind
 from vllm.sampling_params import StructuredOutputsParams
 
+from pipeline.engine import norms
 from pipeline.engine.cores import PLACE
 from pipeline.engine.engine import EngineInfo
 from pipeline.engine.engine import GeneratedChoice
 from pipeline.engine.engine import Generation
 from pipeline.engine.engine import Request
 from pipeline.engine.engine import may_go_on
-from pipeline.engine.norms import register
 from pipeline.versions import installed
 from schemas.errors import EngineStartError
 from schemas.errors import JobError
@@ -63,7 +63,7 @@ class VllmCore:
     def __init__(self, *, model_path: str, options: dict[str, Any]) -> None:
         """Load the model. Raises JobError on unknown options, EngineStartError with vLLM's own cause."""
         check_options(options)
-        register()
+        norms.register()  # also where VLLM_PLUGINS leaves the plugin out
         try:
             self._llm = vllm.LLM(model=model_path, disable_log_stats=True, **options)
         except Exception as error:
@@ -154,7 +154,7 @@ def follow(*, model_path: str, options: dict[str, Any], ready: Callable[[dict[st
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     check_options(options)
-    register()
+    norms.register()
     try:
         arguments = vllm.EngineArgs(model=model_path, disable_log_stats=True, **options)
         config = arguments.create_engine_config(UsageContext.LLM_CLASS, headless=True)  # the same defaults as the leader's
