@@ -297,10 +297,13 @@ def _drive(
                 display.say(f"the status cannot be written: {type(error).__name__}: {error}")
             status_failed = True
 
-    def on_tick(_: Progress) -> None:
-        nonlocal next_status, canary_shown
+    def say_notes() -> None:
         while progress.notes:
             display.say(progress.notes.pop(0))
+
+    def on_tick(_: Progress) -> None:
+        nonlocal next_status, canary_shown
+        say_notes()
         if progress.canary in ("done", "stopped") and not canary_shown:
             canary_shown, next_status = True, 0.0  # who looks from elsewhere hears of it now
             with _spoken("the canary's rows", display):
@@ -326,6 +329,7 @@ def _drive(
     finally:
         if watch is not None:
             watch.close()
+        say_notes()  # of a run that failed they say why
         tell_storage(Speed())
 
 

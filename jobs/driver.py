@@ -285,9 +285,12 @@ class Driver:
         # Results may come a hundred a second and replicas be thousands: not at all of them for each.
         if now >= self._next_look or not progress.replicas:
             self._next_look = now + _LOOK_EVERY_S
-            self._look_at_replicas(now)
-        for note in self._cluster.notes():
-            self._say(note)
+            try:
+                self._look_at_replicas(now)
+            except TokenmillError:
+                self._say_notes()  # why it gives up is in them
+                raise
+        self._say_notes()
         if progress.state == "starting" and progress.replicas:
             progress.state = "running"
         if now >= self._next_control and not self._drain.is_set():
@@ -302,6 +305,10 @@ class Driver:
         while self._later and self._later[0][0] <= now and progress.replicas and not self._drain.is_set():
             _, _, unit = heapq.heappop(self._later)
             self._fly(unit)
+
+    def _say_notes(self) -> None:
+        for note in self._cluster.notes():
+            self._say(note)
 
     def _look_at_replicas(self, now: float) -> None:
         progress, replicas = self.progress, self._cluster.replicas()

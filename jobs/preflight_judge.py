@@ -114,10 +114,16 @@ def said(measurement: Measurement) -> str:
 
 
 def to_leave_out(reports: Sequence[NodeReport], found: Iterable[Finding]) -> list[str]:
-    """The nodes that are slow, or did not measure what running units needs."""
-    slow = {finding.node for finding in found}
+    """The nodes that are slow, or did not measure what running units needs.
+
+    That each node is slow beside the others, one in this and one in that, says nothing of any: then only the other reasons count.
+    """
     failed = {report.name for report in reports if report.facts is None or any(failure.pillar in _NEEDED for failure in report.failures)}
-    return sorted(slow | failed)
+    below_profile, below_others = set(failed), set(failed)
+    for finding in found:
+        (below_profile if finding.against == "the profile" else below_others).add(finding.node)
+    everyone = below_profile | below_others
+    return sorted(everyone if len(everyone) < len(reports) else below_profile)
 
 
 def busy(reports: Iterable[NodeReport]) -> list[str]:

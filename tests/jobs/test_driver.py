@@ -314,10 +314,15 @@ def test_an_engine_that_does_not_start_ends_the_run_with_its_reason(accepted: Ac
         def replicas(self) -> list[ReplicaState]:
             raise EngineStartError("no engine replica could be started: not enough memory")
 
+        def notes(self) -> list[str]:
+            return ["replica 0: 3 GB found, 4 GB expected"]
+
     cluster = Hopeless(lambda unit, attempt: report_of(unit))
+    driver = Driver(accepted, cluster)
     with pytest.raises(EngineStartError, match="not enough memory"):
-        Driver(accepted, cluster).run()
+        driver.run()
     assert cluster.submitted == []
+    assert driver.progress.notes == ["replica 0: 3 GB found, 4 GB expected"]
 
 
 def test_more_error_rows_than_the_limit_stop_the_job_undone(make_job: MakeJob, accepted: Accepted) -> None:

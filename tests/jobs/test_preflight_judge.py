@@ -114,6 +114,25 @@ def test_a_node_that_did_not_answer_or_lacks_a_pillar_that_units_need_is_left_ou
     assert exit_code(reports[3:], []) == 0
 
 
+def test_where_each_node_is_slow_beside_the_other_in_something_all_of_them_stay() -> None:
+    disk = {"pillar": "storage", "group": "disk", "name": "disk write", "unit": "GB/s"}
+    reports = [node("a", measured(0.7), measured(100.0, **disk)), node("b", measured(1.0), measured(60.0, **disk))]
+    found = findings(reports, {}, USUAL)
+    assert [finding.node for finding in found] == ["a", "b"]
+    assert to_leave_out(reports, found) == []
+    assert exit_code(reports, found) == 1
+    third = node("c", measured(1.0), measured(100.0, **disk))
+    assert to_leave_out([*reports, third], found) == ["a", "b"]
+    broken = [node("a", failures=(Failure(pillar="storage", reason="403"),)), reports[1]]
+    assert to_leave_out(broken, found) == ["a"]
+
+
+def test_nodes_that_are_all_below_their_profile_are_all_slow() -> None:
+    expected = {"GEMM bf16": Expected(value=2.0, source="a paper")}
+    reports = [node(name, measured(1.0, rate="GEMM bf16")) for name in ("a", "b")]
+    assert to_leave_out(reports, findings(reports, {"a": expected, "b": expected}, USUAL)) == ["a", "b"]
+
+
 def test_nodes_where_something_else_computed_are_said() -> None:
     reports = [node("idle"), node("busy", facts=FACTS.model_copy(update={"load": 3.2})), node("mute", facts=None)]
     (only,) = busy(reports)
