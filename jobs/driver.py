@@ -23,6 +23,7 @@ from jobs.accounts import Accounts
 from jobs.brake import tripped
 from jobs.caps import Caps
 from jobs.caps import NodeSeconds
+from jobs.cluster.cluster import MOST_UNITS_AT_ONCE
 from jobs.cluster.cluster import Cluster
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
@@ -52,8 +53,6 @@ _LOOK_EVERY_S = 0.25
 _CONTROL_EVERY_S = 2.0
 _BACKOFF_S = 1.0
 _MIN_UNITS_PER_REPLICA = 2
-_MAX_UNITS_PER_REPLICA = 128
-"""Of two rows each, they fill a batch of 256; 24 of them leave it so empty that a quarter of the speed is lost."""
 LIGHTEST = 8
 """Where rows are taken over from earlier outputs, up to so many times the usual units are sent, since engines see few of their rows."""
 _MAX_NOTES = 50
@@ -130,7 +129,7 @@ def units_at_once(plan: Plan, window_rows: int) -> int:
     No more threads than that: each keeps what the tokenizer's Rust side caches, 16 of them 45 MB more than 2.
     """
     rows_per_unit = max(1.0, plan.num_rows / len(plan.units))
-    return min(math.ceil(window_rows / rows_per_unit) + 2, _MAX_UNITS_PER_REPLICA)
+    return min(math.ceil(window_rows / rows_per_unit) + 2, MOST_UNITS_AT_ONCE)
 
 
 def engine_rows(num_rows: int, so_far: Totals) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jobs.cluster.cluster import MOST_UNITS_AT_ONCE
 from pipeline import handover
 from pipeline import rendezvous
 from pipeline import storage
@@ -52,8 +53,6 @@ from schemas.job import LimitsSpec
 from schemas.sampling import Frozen
 from schemas.storage import StorageSpec
 
-_UNITS_AT_ONCE = 128
-"""In flight on one replica at most, each in a thread that starts when it is needed; how many the driver sends, its job's rows decide."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TELL_S = 0.5
 _ALONE_S = 1200.0
@@ -171,7 +170,7 @@ def replica_specs(spec: NodeSpec, model: Model, plan: ReplicaPlan, folder: str) 
                 model=asdict(model),
                 kind=spec.job.engine.kind,
                 options=plan.options,
-                num_threads=_UNITS_AT_ONCE,
+                num_threads=MOST_UNITS_AT_ONCE,  # each starts when it is needed; how many the driver sends, its job's rows decide
                 folder=folder,
                 scheduler=cluster.address or "",
                 rendezvous=storage.absolute(cluster.rendezvous) if cluster.rendezvous else None,

@@ -7,7 +7,6 @@ as lost, and the next one is looked for. Whoever is in the cluster and does not 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,18 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import dask
 from distributed import Client
 from distributed.comm.core import FatalCommClosedError
-from distributed.utils import silence_logging_cmgr
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
 from jobs.cluster.cluster import node_of
 from jobs.cluster.dask_units import DaskUnits
 from jobs.cluster.dask_units import addresses_of
+from jobs.cluster.dask_units import quiet_client
 from jobs.cluster.dask_units import replica_states
-from jobs.scheduler import hush_lost_connections
 from pipeline import rendezvous
 from pipeline import tls
 from pipeline.model import Model
@@ -37,7 +34,6 @@ from pipeline.versions import PACKAGES
 from pipeline.versions import differences
 from pipeline.versions import from_dask
 from pipeline.versions import versions
-from pipeline.worker import DASK_CONFIG
 from pipeline.worker import registration
 from pipeline.worker import replica_metrics
 from schemas.address import check_address
@@ -134,11 +130,7 @@ class AddressCluster:
         self._said = ""
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._settings = contextlib.ExitStack()
-        self._settings.enter_context(dask.config.set(DASK_CONFIG))
-        # Dask logs a traceback of every lost connection; what it means is said in notes.
-        self._settings.enter_context(silence_logging_cmgr(logging.CRITICAL))
-        hush_lost_connections()
+        self._settings = quiet_client()
         self._thread = threading.Thread(target=self._keep_connected, name="connection", daemon=True)
         self._thread.start()
 

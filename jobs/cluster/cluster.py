@@ -15,6 +15,9 @@ from schemas.unit import WorkUnit
 Result = dict[str, Any] | BaseException
 """What Replica.run returned, or what it raised."""
 
+MOST_UNITS_AT_ONCE = 128
+"""In flight on a replica. Of two rows each, they fill a batch of 256; 24 of them leave it so empty that a quarter of the speed is lost."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaState:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import uuid
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 from typing import Self
 
-import dask
 from distributed import Client
 from distributed import wait
 from distributed.comm import get_address_host
-from distributed.utils import silence_logging_cmgr
 
 from jobs.cluster.cluster import node_of
-from jobs.scheduler import hush_lost_connections
+from jobs.cluster.dask_units import quiet_client
 from pipeline import rendezvous
 from pipeline import tls
 from pipeline.preflight import node_task
@@ -25,7 +22,6 @@ from pipeline.versions import PACKAGES
 from pipeline.versions import differences
 from pipeline.versions import from_dask
 from pipeline.versions import versions
-from pipeline.worker import DASK_CONFIG
 from pipeline.worker import registration
 from pipeline.worker import replica_metrics
 from schemas.address import check_address
@@ -69,10 +65,7 @@ class DaskNodes:
 
     def __init__(self, spec: ClusterSpec) -> None:
         """Raises JobError where there is no cluster, or none that is fit; does not wait for one."""
-        self._settings = contextlib.ExitStack()
-        self._settings.enter_context(dask.config.set(DASK_CONFIG))
-        self._settings.enter_context(silence_logging_cmgr(logging.CRITICAL))
-        hush_lost_connections()
+        self._settings = quiet_client()
         try:
             self._client = _connect(spec)
             self._settings.callback(self._client.close, timeout=2)

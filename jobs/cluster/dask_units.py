@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -11,13 +12,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import dask
 from distributed import Client
 from distributed import Future
 from distributed.client import AllExit
 from distributed.scheduler import KilledWorker
+from distributed.utils import silence_logging_cmgr
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.cluster.cluster import Result
+from jobs.scheduler import hush_lost_connections
+from pipeline.worker import DASK_CONFIG
 from pipeline.worker import registration
 from pipeline.worker import replica_metrics
 from pipeline.worker import run_unit_task
@@ -28,6 +33,18 @@ from schemas.unit import WorkUnit
 _COUNTERS = frozenset(field.name for field in fields(ReplicaState)) - {"name", "ledger", "engine"}
 _FETCH_S = 20.0
 """For a result of under a KiB to come from its replica. All results of a process come through one thread of Dask's."""
+
+
+def quiet_client() -> contextlib.ExitStack:
+    """Dask's settings for a process that is a cluster's client, until they are closed.
+
+    Without Dask's log: it has a traceback of every lost connection, and what that means, clusters say in notes.
+    """
+    settings = contextlib.ExitStack()
+    settings.enter_context(dask.config.set(DASK_CONFIG))
+    settings.enter_context(silence_logging_cmgr(logging.CRITICAL))
+    hush_lost_connections()
+    return settings
 
 
 def addresses_of(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
