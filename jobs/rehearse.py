@@ -27,11 +27,13 @@ from jobs.accept import Accepted
 from jobs.accept import accept
 from jobs.accept import store
 from jobs.api import make_cluster
+from jobs.cluster.cluster import MOST_UNITS_AT_ONCE
 from jobs.cluster.cluster import Cluster
 from jobs.driver import Driver
 from jobs.driver import Progress
 from jobs.finish import finish
-from jobs.progress import Speed
+from jobs.progress import SpeedMeter
+from jobs.progress import progress_line
 from jobs.rack import NODE_ENGINES
 from jobs.rack import length_scale
 from jobs.rack import node_speeds
@@ -58,12 +60,11 @@ from schemas.job import parse_job
 from schemas.rehearsal import Rehearsal
 from schemas.rehearsal import RehearsalSpec
 
-_UNITS_AT_ONCE = 24
-"""As in `tokenmill worker`."""
 _UP_LIMIT_S = 600.0
 _SAMPLE_S = 0.5
 _STATUS_EVERY_S = 5.0
 """As in `tokenmill run`."""
+_SAY_EVERY_S = 60.0
 _LOG_LINES = 15
 _SCHEDULER = """
 import sys, threading
@@ -184,7 +185,7 @@ def _start(spec: RehearsalSpec, model: Model, folder: Path, stack: contextlib.Ex
                 model=asdict(model),
                 kind="simulated",
                 options=engine_options(spec, speed, max_num_seqs),
-                num_threads=_UNITS_AT_ONCE,
+                num_threads=MOST_UNITS_AT_ONCE,
                 folder=str(own),
                 rendezvous=f"{folder}/place",
                 insecure=True,
@@ -254,18 +255,22 @@ def _drive(accepted: Accepted, cluster: Cluster, children: Sequence[_Child], see
     """Run the job to its end as `tokenmill run` does, and look at it twice a second."""
     began = time.monotonic()
     log, driver = RunLog(accepted, profile="each node's own", began=began), Driver(accepted, cluster, began=began)
-    scheduler, next_look, next_status = children[0].process.pid, 0.0, 0.0
+    meter, scheduler = SpeedMeter(), children[0].process.pid
+    next_look, next_status, next_word = 0.0, 0.0, began + _SAY_EVERY_S
 
     def on_tick(progress: Progress) -> None:
-        nonlocal next_look, next_status
-        now = time.monotonic()
+        nonlocal next_look, next_status, next_word
+        now, speed = time.monotonic(), meter.measure(progress)
         while progress.notes:
             say(progress.notes.pop(0))
         if now >= next_status:
             next_status = now + _STATUS_EVERY_S
             for child in children:
                 child.check()
-            write_status(accepted.out_uri, progress, Speed(), log.so_far(driver))
+            write_status(accepted.out_uri, progress, speed, log.so_far(driver))
+        if now >= next_word:
+            next_word = now + _SAY_EVERY_S
+            say(progress_line(progress, speed))
         if now < next_look:
             return
         next_look = now + _SAMPLE_S
