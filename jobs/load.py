@@ -1,7 +1,8 @@
 """Load: rows that each replica still has before it. Units sent and taken back, and replicas' own counters in; who needs more out.
 
 A unit that is nearly done holds hardly a row, and counted whole would keep its replica from getting the next one while its batch runs
-empty. So rows that a replica has answered are taken off as it says so. Knows no cluster and no clock.
+empty. So rows that a replica has answered are taken off as it says so. Beyond a window, which every replica needs, a quicker one gets
+more rows: what has been sent stays where it is, and all are to end at the same time. Knows no cluster and no clock.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs.cluster.cluster import ReplicaState
+
+_PACE_OF_S = 20.0
+"""Busy seconds after which a replica's pace is known; batches of a few seconds differ by more than nodes do."""
 
 
 class Load:
@@ -26,9 +30,11 @@ class Load:
         """Of those, rows that units in flight have no part in."""
         self._windows: dict[str, int] = {}
         """Of the replicas that are there."""
+        self._paces: dict[str, float] = {}
+        """Theirs, by the mean of those known; 1 where it is not."""
         self._order: dict[str, int] = {}
         self._heap: list[tuple[float, int, str]] = []
-        """(rows left by window, place, name); entries that do not hold any more are passed over."""
+        """(windows left, place, name); entries that do not hold any more are passed over."""
 
     def look(self, replicas: Sequence[ReplicaState]) -> None:
         """These are there, and this is what they say."""
@@ -41,8 +47,9 @@ class Load:
             self._taken.setdefault(name, replica.rows)
             self._heard[name] = replica.rows
         self._windows = {replica.name: replica.window_rows for replica in replicas}
+        self._paces = paces(replicas)
         self._order = {replica.name: place for place, replica in enumerate(replicas)}
-        self._heap = [(self._ratio(name), place, name) for name, place in self._order.items()]
+        self._heap = [(self._windows_left(name), place, name) for name, place in self._order.items()]
         heapq.heapify(self._heap)
 
     def hear(self, name: str, rows: int) -> None:
@@ -58,16 +65,16 @@ class Load:
         return max(0, self._sent[name] - max(0, self._heard.get(name, 0) - self._taken.get(name, 0)))
 
     def emptiest(self) -> str | None:
-        """The replica with the fewest rows for its window; None where there is none."""
-        while self._heap and self._heap[0][0] != self._ratio(self._heap[0][2]):
+        """The replica with the fewest windows left; None where there is none."""
+        while self._heap and self._heap[0][0] != self._windows_left(self._heap[0][2]):
             heapq.heappop(self._heap)
         return self._heap[0][2] if self._heap else None
 
     @property
     def fewest_windows(self) -> float:
-        """Its rows left, by its window."""
+        """Its rows left, by its window, and beyond the first one by its pace, too."""
         name = self.emptiest()
-        return 0.0 if name is None else self._ratio(name)
+        return 0.0 if name is None else self._windows_left(name)
 
     def send(self, name: str | None, num_rows: int) -> None:
         """A unit goes to this replica, or anywhere."""
@@ -90,7 +97,19 @@ class Load:
             self._push(name)
 
     def _push(self, name: str) -> None:
-        heapq.heappush(self._heap, (self._ratio(name), self._order[name], name))
+        heapq.heappush(self._heap, (self._windows_left(name), self._order[name], name))
 
-    def _ratio(self, name: str) -> float:
-        return self.left(name) / self._windows[name]
+    def _windows_left(self, name: str) -> float:
+        windows = self.left(name) / self._windows[name]
+        return windows if windows < 1.0 else max(1.0, windows / self._paces[name])
+
+
+def paces(replicas: Sequence[ReplicaState]) -> dict[str, float]:
+    """Output tokens in a busy second of each replica, by the mean of those that have been busy for long enough; 1 for the others."""
+    known = {
+        replica.name: replica.ledger.busy_tokens / replica.ledger.busy_s
+        for replica in replicas
+        if replica.ledger is not None and replica.ledger.busy_s >= _PACE_OF_S and replica.ledger.busy_tokens > 0
+    }
+    mean = sum(known.values()) / len(known) if known else 1.0
+    return {replica.name: known.get(replica.name, mean) / mean for replica in replicas}

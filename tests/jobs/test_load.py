@@ -6,10 +6,16 @@ from collections import Counter
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.load import Load
+from jobs.load import paces
+from schemas.ledger import Reading
 
 
-def replica(name: str, *, window: int = 100, rows: int = 0) -> ReplicaState:
-    return ReplicaState(name=name, window_rows=window, rows=rows)
+def replica(name: str, *, window: int = 100, rows: int = 0, busy_s: float = 0.0, tokens: int = 0) -> ReplicaState:
+    seconds = {"age_s": busy_s, "start_s": 0.0, "busy_s": busy_s, "starved_s": 0.0, "blocked_s": 0.0, "working_s": 0.0}
+    pending = {"pending_starved_s": 0.0, "pending_blocked_s": 0.0}
+    counts = {"prompt_tokens": 0, "generated_tokens": tokens, "busy_tokens": tokens, "kept_tokens": tokens}
+    ledger = Reading(engine=name, full=True, rows=rows, **seconds, **pending, **counts)
+    return ReplicaState(name=name, window_rows=window, rows=rows, ledger=ledger)
 
 
 def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window() -> None:
@@ -21,6 +27,35 @@ def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window() -> Non
         load.send(name, 16)
     assert sent == {"small": 2, "large": 8}
     assert load.fewest_windows == 2.0
+
+
+def test_beyond_its_first_window_a_quicker_replica_gets_more_so_that_all_end_together() -> None:
+    load, sent = Load(), Counter[str | None]()
+    load.look([replica("slow", busy_s=100.0, tokens=1000), replica("quick", busy_s=100.0, tokens=3000)])
+    while load.fewest_windows < 4.0:
+        name = load.emptiest()
+        sent[name] += 1
+        load.send(name, 10)
+    assert sent == {"slow": 20, "quick": 60}
+
+
+def test_no_replica_waits_for_its_first_window_however_slow_it_is() -> None:
+    load, sent = Load(), Counter[str | None]()
+    load.look([replica("slow", busy_s=100.0, tokens=10), replica("quick", busy_s=100.0, tokens=3000)])
+    while load.fewest_windows < 1.0:
+        name = load.emptiest()
+        sent[name] += 1
+        load.send(name, 10)
+    assert sent == {"slow": 10, "quick": 10}
+
+
+def test_a_pace_is_known_after_twenty_busy_seconds_and_until_then_the_usual_one() -> None:
+    assert paces([]) == {}
+    assert paces([replica("a"), replica("b", busy_s=19.0, tokens=5)]) == {"a": 1.0, "b": 1.0}
+    early, mute = replica("c", busy_s=3.0, tokens=900), ReplicaState(name="d", window_rows=8)
+    assert paces([replica("a", busy_s=20.0, tokens=200), replica("b", busy_s=50.0, tokens=1500), early, mute]) == {
+        "a": 0.5, "b": 1.5, "c": 1.0, "d": 1.0
+    }  # fmt: skip
 
 
 def test_nobody_is_the_emptiest_of_none() -> None:
