@@ -113,17 +113,15 @@ def said(measurement: Measurement) -> str:
     return f"{measurement.name} {measurement.value:,.4g} {measurement.unit}"
 
 
-def to_leave_out(reports: Sequence[NodeReport], found: Iterable[Finding]) -> list[str]:
+def to_leave_out(reports: Sequence[NodeReport], found: Sequence[Finding]) -> list[str]:
     """The nodes that are slow, or did not measure what running units needs.
 
     That each node is slow beside the others, one in this and one in that, says nothing of any: then only the other reasons count.
     """
     failed = {report.name for report in reports if report.facts is None or any(failure.pillar in _NEEDED for failure in report.failures)}
-    below_profile, below_others = set(failed), set(failed)
-    for finding in found:
-        (below_profile if finding.against == "the profile" else below_others).add(finding.node)
-    everyone = below_profile | below_others
-    return sorted(everyone if len(everyone) < len(reports) else below_profile)
+    by_itself = failed | {finding.node for finding in found if finding.against == "the profile"}
+    slow = by_itself | {finding.node for finding in found}
+    return sorted(slow if len(slow) < len(reports) else by_itself)
 
 
 def busy(reports: Iterable[NodeReport]) -> list[str]:

@@ -18,6 +18,16 @@ def replica(name: str, *, window: int = 100, rows: int = 0, busy_s: float = 0.0,
     return ReplicaState(name=name, window_rows=window, rows=rows, ledger=ledger)
 
 
+def sent_until(load: Load, windows: float) -> Counter[str | None]:
+    """Rows by replica, ten at a time, until each has so many windows left."""
+    sent = Counter[str | None]()
+    while load.fewest_windows < windows:
+        name = load.emptiest()
+        sent[name] += 10
+        load.send(name, 10)
+    return sent
+
+
 def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window() -> None:
     load, sent = Load(), Counter[str | None]()
     load.look([replica("small", window=16), replica("large", window=64)])
@@ -30,23 +40,15 @@ def test_a_unit_goes_to_the_replica_with_the_fewest_rows_for_its_window() -> Non
 
 
 def test_beyond_its_first_window_a_quicker_replica_gets_more_so_that_all_end_together() -> None:
-    load, sent = Load(), Counter[str | None]()
+    load = Load()
     load.look([replica("slow", busy_s=100.0, tokens=1000), replica("quick", busy_s=100.0, tokens=3000)])
-    while load.fewest_windows < 4.0:
-        name = load.emptiest()
-        sent[name] += 1
-        load.send(name, 10)
-    assert sent == {"slow": 20, "quick": 60}
+    assert sent_until(load, 4.0) == {"slow": 200, "quick": 600}
 
 
 def test_no_replica_waits_for_its_first_window_however_slow_it_is() -> None:
-    load, sent = Load(), Counter[str | None]()
+    load = Load()
     load.look([replica("slow", busy_s=100.0, tokens=10), replica("quick", busy_s=100.0, tokens=3000)])
-    while load.fewest_windows < 1.0:
-        name = load.emptiest()
-        sent[name] += 1
-        load.send(name, 10)
-    assert sent == {"slow": 10, "quick": 10}
+    assert sent_until(load, 1.0) == {"slow": 100, "quick": 100}
 
 
 def test_a_pace_is_known_after_twenty_busy_seconds_and_until_then_the_usual_one() -> None:
