@@ -39,6 +39,7 @@ _PROBE_ROWS = 32
 _TRIAL_SHARE = 1 / 40
 """Of the budget, that the rows of one trial take at the speed that a run has now."""
 _MIN_ROWS = 64
+"""For each replica, of twice as many as run untuned: that many are tried next, and a batch that is half empty would make them look slow."""
 _WARM_ROWS = 4
 """For each replica."""
 _AGREE = 0.6
@@ -107,7 +108,7 @@ class Trials:
             result = replicas.run(probe, timeout_s=until - time.monotonic(), keep=True)
             generations.update(result.generations)
             per_row_s = result.elapsed_s / len(probe)
-            count = rows or max(_MIN_ROWS * plan.replicas, int(budget_s * _TRIAL_SHARE / per_row_s))
+            count = rows or max(_MIN_ROWS * 2 * plan.replicas, int(budget_s * _TRIAL_SHARE / per_row_s))
             if rest := sample[len(probe) : count]:
                 generations.update(replicas.run(rest, timeout_s=until - time.monotonic(), keep=True).generations)
             lengths = {row: max(1, max(len(choice.token_ids) for choice in made.choices)) for row, made in sorted(generations.items())}
@@ -136,7 +137,7 @@ class Trials:
                 start_s = time.monotonic() - began
                 replicas.run(warm(self._requests[: _WARM_ROWS * plan.replicas]), timeout_s=left())
                 outcome = self._run(replicas, setting, best, start_s, left)
-            if compiles(setting) and outcome.state == "done":
+            if compiles(setting) and outcome.state == "done" and (not best or outcome.run_s < best[-1][0]):
                 return replace(outcome, start_s=self._second_start_s(plan, model, left()) or outcome.start_s)
             return outcome
         except (JobError, EngineError) as error:

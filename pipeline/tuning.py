@@ -30,9 +30,7 @@ RUNGS = ((0.25, 0.60), (0.50, 0.80))
 """Share of a trial's tokens, and share of the best setting's speed up to there below which the trial ends."""
 _ENGINES_OWN_START = 4.0
 """The engine's defaults compile and start processes of their own: 120 s against 30 s for ours, on two cores."""
-_COMPILE_S = 90.0
-_NEARLY = 0.9
-"""Of the best speed so far: where the engine's own defaults have more, what they do otherwise, compiling, is worth its start early."""
+_COMPILE_S = 75.0
 _FIRST_START_S = 40.0
 """Where nothing was started yet."""
 _GPU_SHARE = 0.92
@@ -117,7 +115,7 @@ class Space:
     cuts: tuple[tuple[str, tuple[Cut, ...]], ...] = ()
     """For each model, from fewest replicas to most."""
     changes: tuple[Mapping[str, Any], ...] = ()
-    """To the engine's process and its surroundings; tried each by itself, before the ladders."""
+    """How the engine runs, its process and its surroundings; tried each by itself, before dtypes and ladders."""
     ladders: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Options with an order, and the values that they may take."""
     rest: tuple[Mapping[str, Any], ...] = ()
@@ -226,15 +224,22 @@ def _seconds_at(curve: Sequence[tuple[float, int]], tokens: float) -> float | No
 
 
 def expected_s(setting: Setting, outcomes: Mapping[str, Outcome]) -> float:
-    """How long a trial of it will take, by what others took: starts are slower than rows, and replicas start one after the other."""
+    """How long a trial of it will take, by what others took, those of its model first: weights that were read once start sooner.
+
+    Starts are slower than rows, and replicas start one after the other.
+    """
     seen = {parse_key(key): outcome for key, outcome in outcomes.items()}
     ours = {tried: outcome for tried, outcome in seen.items() if not tried.defaults and outcome.state != "failed"}
-    each_s = max((outcome.start_s / tried.replicas for tried, outcome in ours.items() if not compiles(tried)), default=_FIRST_START_S)
+    eager = [(tried.model, outcome.start_s / tried.replicas) for tried, outcome in ours.items() if not compiles(tried)]
+    alike = [start_s for model, start_s in eager if model == setting.model] or [start_s for _, start_s in eager]
+    each_s = max(alike, default=_FIRST_START_S)
     runs = [outcome.run_s for outcome in ours.values() if outcome.state == "done"]
     run_s = min(runs, default=_FIRST_START_S) / RUNGS[-1][1]
     if setting.defaults:
         return each_s * _ENGINES_OWN_START + 3 * run_s
-    start_s = each_s * setting.replicas + (_COMPILE_S * setting.replicas if compiles(setting) else 0.0)
+    start_s = each_s * setting.replicas
+    if compiles(setting):  # the first replica does, and the others find it; then once more, as runs will start
+        start_s = 2 * start_s + _COMPILE_S
     return start_s + run_s
 
 
@@ -300,6 +305,7 @@ def space_for(
             for name, values in space.ladders
             if name not in options
         ),
+        changes=tuple(change for change in space.changes if not set(change) & set(options)),
         rest=tuple(change for change in rest if not set(change) & set(options)),
         dtypes=() if "dtype" in options else space.dtypes,
         cuts=() if replicas else space.cuts,
@@ -314,7 +320,9 @@ def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], option
     allocators = [name for name in ALLOCATORS if name in machine.libraries]
     openmp = ("iomp",) if "iomp" in machine.libraries else ()
     libraries = [(*openmp, *allocators[:1]), openmp, *((name,) for name in allocators), ()]
-    changes: list[Mapping[str, Any]] = [{"preload": names} for names in dict.fromkeys(libraries) if names != start.preload]
+    # Compiling is worth more than what follows it: 5 to 20 %, against a few.
+    changes: list[Mapping[str, Any]] = [{"enforce_eager": False}]
+    changes += [{"preload": names} for names in dict.fromkeys(libraries) if names != start.preload]
     changes.append({"pin_cores": True})
     # Threads that spin while they wait for each other are the quickest, unless something else wants their cores.
     changes.append({"environment": {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}})
@@ -327,8 +335,8 @@ def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], option
         cuts=tuple((model.weights_digest, tuple((replicas, {}) for replicas in cuts)) for model in models),
         changes=tuple(changes),
         ladders=(("max_num_seqs", (16, 32, 64, 128, 256, 512)), ("max_num_batched_tokens", (512, 1024, 2048, 4096, 8192))),
-        # The engine has one attention backend for CPUs; its blocks are of 128 tokens. Compiling costs more start than anything.
-        rest=({"block_size": 64}, {"block_size": 32}, {"enforce_eager": False}),
+        # The engine has one attention backend for CPUs; its blocks are of 128 tokens.
+        rest=({"block_size": 64}, {"block_size": 32}),
     )
 
 
@@ -404,7 +412,7 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
     """The whole search, as if every trial were known already."""
     best = space.start
     rates = {best.key: (yield best, best).output_tokens_per_s}
-    defaults_rate = (yield engine_defaults(space), best).output_tokens_per_s
+    yield engine_defaults(space), best
 
     def ask(wanted: Setting) -> Generator[tuple[Setting, Setting], Outcome, float]:
         if wanted.key not in rates:
@@ -420,19 +428,16 @@ def _walk(space: Space, outcomes: Mapping[str, Outcome]) -> _Walk:
                 winner = candidate
         return winner
 
-    # Replicas first: threads that wait for each other suffer from whatever else runs, and would make a good dtype look bad.
-    first = best.model
-    best = yield from _climb(best, _cuts(space, best), ask)
-    dtypes: list[dict[str, Any]] = [{"dtype": name} for name in space.dtypes] or [{}]
     models = (*space.models[1:], *space.models[:1])
-    best = yield from best_among([_on(space, best, model).but(**dtype) for model in models for dtype in dtypes])
-    if best.model != first:  # quicker GEMMs leave more of a step to what one thread does for all
-        best = yield from _climb(best, _cuts(space, best), ask)
-    early: list[Mapping[str, Any]] = (
-        [{"enforce_eager": False}] if best.get("enforce_eager") and defaults_rate > _NEARLY * rates[best.key] else []
-    )
-    for change in (*early, *space.changes):
+    best = yield from best_among([_on(space, best, model) for model in models])
+    best = yield from _climb(best, _cuts(space, best), ask)
+    for change in space.changes:
         best = yield from best_among([best.but(**change)])
+    # Late, as the profile knows the good one for a CPU by its flags.
+    first = best.model
+    best = yield from best_among([_on(space, best, model).but(dtype=name) for model in models for name in space.dtypes])
+    if best.model != first:
+        best = yield from _climb(best, _cuts(space, best), ask)
     for name, values in space.ladders:
         best = yield from _climb(best, [best.but(**_named(name, value)) for value in values], ask)
     for change in space.rest:
