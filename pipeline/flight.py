@@ -68,7 +68,8 @@ class FlightRecorder:
             self._map = mmap.mmap(file.fileno(), size_bytes)
         self._free = list(range(num_slots))
         self._steps = self._finished = 0
-        self._tags: dict[int, Tag] = {}
+        self._tags: dict[int, str] = {}
+        """As JSON: all of them are written each time that one comes."""
         self._next_tag = 1
         self._lock = threading.Lock()
         self._write_tags()
@@ -77,7 +78,7 @@ class FlightRecorder:
         """A number for the rows of one unit; to be closed when none of them is inside any more."""
         with self._lock:
             number, self._next_tag = self._next_tag, self._next_tag + 1
-            self._tags[number] = tag
+            self._tags[number] = json.dumps(asdict(tag))
             self._write_tags()
             return number
 
@@ -109,7 +110,7 @@ class FlightRecorder:
         target = self._path.with_suffix(_TAGS)
         temporary = target.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # on a full disk rows go unrecorded; that must not cost them
-            temporary.write_text(json.dumps({number: asdict(tag) for number, tag in self._tags.items()}))
+            temporary.write_text("{" + ", ".join(f'"{number}": {tag}' for number, tag in self._tags.items()) + "}")
             temporary.replace(target)
 
 

@@ -154,15 +154,14 @@ class WorkerConfig:
         return cls(**json.loads(path.read_text()))
 
 
-def run_unit_task(out_uri: str, fingerprint: str, unit: dict[str, Any]) -> dict[str, Any]:
-    """The Dask task: one unit on this worker's replica."""
+def run_unit_task(out_uri: str, fingerprint: str, unit: dict[str, Any]) -> str:
+    """The Dask task: one unit on this worker's replica; what came of it as JSON, as Dask sends nested dicts in many small pieces."""
     from distributed import get_worker
 
     replica = get_worker().replica
     if replica.engine.dead is not None:
         time.sleep(_DYING_S)  # the process ends under this task; an answer at once would bring the next unit here
-    result: dict[str, Any] = replica.run(out_uri, fingerprint, unit)
-    return result
+    return json.dumps(replica.run(out_uri, fingerprint, unit))
 
 
 def replica_metrics(worker_info: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -16,9 +17,12 @@ from schemas.job import JobSpec
 from schemas.job import parse_job
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """An accepted job. Two runs with equal fingerprints want the same output."""
+    """An accepted job. Two runs with equal fingerprints want the same output.
+
+    Without slots, so that what every unit asks for is worked out once.
+    """
 
     job: dict[str, Any]
     """The JobSpec as plain data, URIs absolute."""
@@ -28,15 +32,15 @@ class JobRecord:
     """The input's Arrow schema, serialised, base64."""
     tool_version: str
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()
 
-    @property
+    @cached_property
     def spec(self) -> JobSpec:
         return parse_job(self.job)
 
-    @property
+    @cached_property
     def input_schema(self) -> pa.Schema:
         return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.schema)))
 

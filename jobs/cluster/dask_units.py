@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 import uuid
@@ -168,7 +169,7 @@ def _result(future: Future) -> Result:
     if future.status != "finished":
         return ReplicaLost("the scheduler went away, or forgot the unit")
     try:
-        result: Result = future.result(timeout=_FETCH_S)
+        result: Result = json.loads(future.result(timeout=_FETCH_S))
     except Exception as error:  # the task went well, so it is the way here
         return ReplicaLost(f"the unit's result did not arrive: {type(error).__name__}: {error}")
     return result
