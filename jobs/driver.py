@@ -393,7 +393,7 @@ class Driver:
         if said is not None:
             reading = Reading(**said["ledger"])
             self._accounts.hear(said["name"], reading, self._clock())
-            self._load.hear(said["name"], reading.rows)
+            self._load.hear(said["name"], reading)
         flight = self._flying.get(index)
         if flight is None:
             return  # the second of two copies; the first one's word was enough

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs.cluster.cluster import ReplicaState
+from schemas.ledger import Reading
 
 _PACE_OF_S = 20.0
 """Busy seconds after which a replica's pace is known; batches of a few seconds differ by more than nodes do."""
@@ -24,8 +25,10 @@ class Load:
         self._sent: Counter[str | None] = Counter()
         """Rows of units in flight, by the replica that they were meant for."""
         self._units: Counter[str | None] = Counter()
+        self._engines: dict[str, str] = {}
+        """Each replica's present one."""
         self._heard: dict[str, int] = {}
-        """Rows that a replica's engine has answered since it came up."""
+        """Rows that it has answered since it came up."""
         self._taken: dict[str, int] = {}
         """Of those, rows that units in flight have no part in."""
         self._windows: dict[str, int] = {}
@@ -39,23 +42,24 @@ class Load:
     def look(self, replicas: Sequence[ReplicaState]) -> None:
         """These are there, and this is what they say."""
         for replica in replicas:
-            name = replica.name
-            if not self._units[name]:
-                self._taken[name] = replica.rows
-            elif replica.rows < self._heard.get(name, 0):
-                self._taken[name] = 0  # a new engine, which begins anew with what is sent to it
-            self._taken.setdefault(name, replica.rows)
-            self._heard[name] = replica.rows
+            name, engine = replica.name, replica.ledger.engine if replica.ledger else ""
+            if engine != self._engines.get(name, engine):
+                self._heard[name] = self._taken[name] = 0  # it begins anew with what is sent to it
+            self._engines[name] = engine
+            # A result may have told of more than this, which is from before it.
+            self._heard[name] = max(replica.rows, self._heard.get(name, 0))
+            if not self._units[name] or name not in self._taken:
+                self._taken[name] = self._heard[name]
         self._windows = {replica.name: replica.window_rows for replica in replicas}
         self._paces = paces(replicas)
         self._order = {replica.name: place for place, replica in enumerate(replicas)}
         self._heap = [(self._windows_left(name), place, name) for name, place in self._order.items()]
         heapq.heapify(self._heap)
 
-    def hear(self, name: str, rows: int) -> None:
-        """So many rows has a replica's engine answered since it came up: a word that came with a result, before the next look."""
-        if name in self._windows and rows > self._heard.get(name, 0):
-            self._heard[name] = rows
+    def hear(self, name: str, reading: Reading) -> None:
+        """What a replica's engine said with a result, before the next look; of an engine that no look has found yet, nothing."""
+        if name in self._windows and reading.engine == self._engines[name] and reading.rows > self._heard[name]:
+            self._heard[name] = reading.rows
             self._push(name)
 
     def left(self, name: str | None) -> int:

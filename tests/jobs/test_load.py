@@ -10,11 +10,17 @@ from jobs.load import paces
 from schemas.ledger import Reading
 
 
-def replica(name: str, *, window: int = 100, rows: int = 0, busy_s: float = 0.0, tokens: int = 0) -> ReplicaState:
+def reading(engine: str, rows: int, *, busy_s: float = 0.0, tokens: int = 0) -> Reading:
     seconds = {"age_s": busy_s, "start_s": 0.0, "busy_s": busy_s, "starved_s": 0.0, "blocked_s": 0.0, "working_s": 0.0}
     pending = {"pending_starved_s": 0.0, "pending_blocked_s": 0.0}
     counts = {"prompt_tokens": 0, "generated_tokens": tokens, "busy_tokens": tokens, "kept_tokens": tokens}
-    ledger = Reading(engine=name, full=True, rows=rows, **seconds, **pending, **counts)
+    return Reading(engine=engine, full=True, rows=rows, **seconds, **pending, **counts)
+
+
+def replica(
+    name: str, *, window: int = 100, rows: int = 0, busy_s: float = 0.0, tokens: int = 0, engine: str | None = None
+) -> ReplicaState:
+    ledger = reading(engine or name, rows, busy_s=busy_s, tokens=tokens)
     return ReplicaState(name=name, window_rows=window, rows=rows, ledger=ledger)
 
 
@@ -108,8 +114,12 @@ def test_a_new_engine_begins_with_all_that_is_sent_to_it() -> None:
     load.send("a", 300)
     load.look([replica("a", rows=1200)])
     assert load.left("a") == 100
-    load.look([replica("a", rows=0)])
+    load.look([replica("a", rows=0, engine="its next")])
     assert load.left("a") == 300
+    load.hear("a", reading("a", 1300))  # the old one's last word
+    assert load.left("a") == 300
+    load.hear("a", reading("its next", 20))
+    assert load.left("a") == 280
 
 
 def test_rows_that_another_replica_answered_are_taken_off_its_own_count() -> None:
@@ -149,7 +159,24 @@ def test_a_word_that_comes_with_a_result_is_as_good_as_a_look() -> None:
     load.look([replica("a"), replica("b")])
     load.send("a", 300)
     load.send("b", 300)
-    load.hear("b", 120)
-    load.hear("b", 110)  # an older one that was overtaken
-    load.hear("stranger", 7)
+    load.hear("b", reading("b", 120))
+    load.hear("b", reading("b", 110))  # an older one that was overtaken
+    load.hear("stranger", reading("stranger", 7))
     assert (load.left("a"), load.left("b"), load.emptiest()) == (300, 180, "b")
+
+
+def test_a_look_that_is_older_than_a_result_takes_nothing_back() -> None:
+    load = Load()
+    load.look([replica("a", rows=5000)])
+    load.send("a", 300)
+    load.hear("a", reading("a", 5120))
+    load.look([replica("a", rows=5110)])
+    assert load.left("a") == 180
+    load.hear("a", reading("a", 5300))
+    load.take("a", 300, answered_rows=300, by="a")
+    load.look([replica("a", rows=5290)])
+    load.send("a", 100)
+    load.look([replica("a", rows=5295)])
+    assert load.left("a") == 100
+    load.look([replica("a", rows=5310)])
+    assert load.left("a") == 90
