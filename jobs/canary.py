@@ -71,8 +71,11 @@ class Tick:
 
 def run_canary(plan: ReplicaPlan, model: Model, kind: str, requests: Sequence[Request], *, timeout_s: float) -> Canary:
     """Generate them. Raises JobError where there are too few, EngineError where the engine fails."""
-    if len(requests) < _LEAST_ROWS:
-        raise JobError(f"--canary: {len(requests)} rows can be asked, expected {_LEAST_ROWS} at least")
+    least = max(_LEAST_ROWS, 2 * plan.replicas)
+    if len(requests) < least:
+        raise JobError(
+            f"--canary: {len(requests)} rows can be asked, expected {least} at least: two rounds, in which every replica has one"
+        )
     few = max(plan.replicas, len(requests) // _FEW)
     ticks: list[Tick] = []
     lengths: list[int] = []

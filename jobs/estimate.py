@@ -84,16 +84,18 @@ def offers(
     *,
     nodes: Sequence[int] = NODE_COUNTS,
     options: Mapping[str, Any] | None = None,
+    weight_bytes: float | None = None,
 ) -> list[Offer]:
     """Every size that holds the model and every number of nodes, by the roofline. The checkpoint runs in its own precision.
 
-    `options` are the job's engine arguments. Nodes are cut as a run cuts them; see pipeline.fit.
+    `options` are the job's engine arguments, `weight_bytes` what the checkpoint's files hold, where there are some. Nodes are cut as a
+    run cuts them; see pipeline.fit.
     """
     slower, faster = backtest().ratio_interval(_INTERVAL)
     output = tokens_of(lengths).output
     found = []
     for profile in sizes:
-        made = _replica(lengths, shape, profile, options or {})
+        made = _replica(lengths, shape, profile, options or {}, weight_bytes or shape.weight_bytes(shape.precision))
         if made is None:
             continue
         speed, span, precision, wider = made
@@ -181,7 +183,7 @@ def cut_remarks(found: Sequence[Offer]) -> list[str]:
 
 
 def _replica(
-    lengths: Lengths, shape: Shape, profile: Profile, options: Mapping[str, Any]
+    lengths: Lengths, shape: Shape, profile: Profile, options: Mapping[str, Any], weight_bytes: float
 ) -> tuple[Speed, Span, Precision, tuple[int, float] | None] | None:
     """One replica as a run cuts it, what it takes up, its precision, and a wider one on the same node where that is quicker.
 
@@ -192,8 +194,7 @@ def _replica(
     assert device is not None
     asked, most = {**profile.options, **options}, profile.node.devices
     precision: Precision = shape.precision if shape.precision in device.gemm_tflops else "bf16"
-    width_bytes, weight_bytes = kv_width_bytes(asked, str(asked.get("dtype", profile.dtype))), shape.weight_bytes(shape.precision)
-
+    width_bytes = kv_width_bytes(asked, str(asked.get("dtype", profile.dtype)))
     work = Work(prompt_tokens=lengths.prompt.value, output_tokens=max(1.0, lengths.output.value))
     max_num_seqs = whole(asked, "max_num_seqs", profile.max_num_seqs)
 

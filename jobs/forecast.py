@@ -30,7 +30,7 @@ from jobs.lengths import share_of
 from jobs.lengths import unknown_output
 from jobs.reuse import context_of
 from jobs.reuse import find_answered
-from jobs.sample import read_sampled
+from jobs.sample import read_rows
 from pipeline.engine.engine import Request
 from pipeline.fit import MOST_NODES
 from pipeline.hardware import find_profile
@@ -81,7 +81,7 @@ def forecast(
     job, model, units = accepted.job, accepted.model, units_left(accepted)
     rows = sum(unit.num_rows for unit in units)
     # Any beginning of a sample is a sample itself, so one reading serves the lengths and the canary.
-    sampled = read_sampled(
+    found = read_rows(
         job,
         model,
         max(SAMPLE_ROWS, canary_rows or 0),
@@ -89,6 +89,7 @@ def forecast(
         seed_base=accepted.record.fingerprint,
         planned=(units, accepted.record.input_schema),
     )
+    sampled = [row for row in found if row is not None]
     if not sampled:
         raise JobError("input: no row of a sample can be asked; `tokenmill run` would write each with its error")
     answered = find_answered(accepted, report.earlier, sampled, say)
@@ -100,12 +101,14 @@ def forecast(
     if canary is not None:
         output, basis = mean_of(canary.output_lengths), "canary"
     elif history:
-        output, basis = mean_of([length for folder in history for length in earlier_outputs(folder)]), "history"
+        most = max(request.sampling.max_tokens * request.sampling.n for request in asked)  # this job's, whatever the earlier one's was
+        output, basis = mean_of([min(length, most) for folder in history for length in earlier_outputs(folder)]), "history"
     else:
         output, basis = unknown_output(mean_of([request.sampling.max_tokens * request.sampling.n for request in asked])), "max_tokens"
     lengths = Lengths(
         rows=rows,
-        reused=share_of(len(taken), len(sampled)).times(rows) if report.earlier else NO_ROWS,
+        reused=share_of(len(taken), len(found)).times(rows) if report.earlier else NO_ROWS,
+        unasked=share_of(len(found) - len(sampled), len(found)).times(rows) if len(found) > len(sampled) else NO_ROWS,
         sampled=min(len(sampled), SAMPLE_ROWS),
         prompt=mean_of([len(request.token_ids) for request in asked]),
         output=output,
@@ -113,11 +116,11 @@ def forecast(
     )
     shape = read_shape(model.path)
     sizes = sizes_for(job.engine.profile)
-    found = offers(lengths, shape, sizes, nodes=nodes, options=job.engine.options)
+    ways = offers(lengths, shape, sizes, nodes=nodes, options=job.engine.options, weight_bytes=model.weights_bytes)
     if canary is not None:
-        found.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=accepted.usd_per_hour))
+        ways.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=accepted.usd_per_hour))
     return Forecast(
-        lengths=lengths, tokens=tokens_of(lengths), offers=tuple(found), canary=canary, remarks=tuple(_remarks(found, len(sizes), nodes))
+        lengths=lengths, tokens=tokens_of(lengths), offers=tuple(ways), canary=canary, remarks=tuple(_remarks(ways, len(sizes), nodes))
     )
 
 

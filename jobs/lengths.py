@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jobs.outputs import committed
+from jobs.sample import evenly
 from schemas.completions import COMPLETION_TOKENS
 from schemas.errors import JobError
 
@@ -45,8 +46,10 @@ class Lengths:
     """Of the table, those that are not committed yet."""
     reused: Mean = NO_ROWS
     """Of those, rows that are copied from earlier outputs, and not generated."""
+    unasked: Mean = NO_ROWS
+    """Of those, rows that cannot be asked, and become error rows."""
     sampled: int
-    """Rows that were read and tokenised; those that cannot be asked are among `rows`, and not among these."""
+    """Rows that were read and tokenised, without those that cannot be asked."""
     prompt: Mean
     output: Mean
     basis: Literal["max_tokens", "history", "canary"]
@@ -55,8 +58,12 @@ class Lengths:
     @property
     def generated(self) -> Mean:
         """Rows that are left to engines: one at least, since a sample that is answered whole proves not that all are."""
-        reused = self.reused
-        return Mean(value=max(1.0, self.rows - reused.value), low=max(1.0, self.rows - reused.high), high=max(1.0, self.rows - reused.low))
+        left, reused, unasked = float(self.rows), self.reused, self.unasked
+        return Mean(
+            value=max(1.0, left - reused.value - unasked.value),
+            low=max(1.0, left - reused.high - unasked.high),
+            high=max(1.0, left - reused.low - unasked.low),
+        )
 
 
 def mean_of(values: Sequence[float], *, seed: int = 0) -> Mean:
@@ -84,7 +91,7 @@ def unknown_output(most: Mean) -> Mean:
 def earlier_outputs(output: str) -> list[int]:
     """Completion lengths of an earlier output's committed rows, from up to 16 of its parts. Raises JobError where it has none."""
     found = committed(output)
-    parts = found.units[:: max(1, len(found.units) // _MOST_PARTS)][:_MOST_PARTS]
+    parts = evenly(found.units, _MOST_PARTS)
     lengths = [length for length in found.read([found.added + COMPLETION_TOKENS], parts).column(0).to_pylist() if length]
     if not lengths:
         raise JobError(f"--history {output}: no completion is committed there yet")

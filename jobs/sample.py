@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TypeVar
 
 import pyarrow as pa
@@ -24,7 +27,8 @@ from schemas.prompts import Prompt
 from schemas.prompts import RowError
 from schemas.unit import WorkUnit
 
-_MAX_UNITS = 32
+_PLACES = 32
+"""In the table, evenly over its rows, at which a sample is taken."""
 _READ_ROWS = 4096
 """Of each unit that is looked into."""
 _BATCH_ROWS = 128
@@ -51,29 +55,40 @@ def read_sampled(
     planned: tuple[Sequence[WorkUnit], pa.Schema] | None = None,
 ) -> list[tuple[Request, Text]]:
     """The same rows, each with the text that was tokenised; of the `planned` units alone, read by that schema, where there are some."""
+    return [row for row in read_rows(job, model, rows, max_model_len=max_model_len, seed_base=seed_base, planned=planned) if row]
+
+
+def read_rows(
+    job: JobSpec,
+    model: Model,
+    rows: int,
+    *,
+    max_model_len: int,
+    seed_base: str,
+    planned: tuple[Sequence[WorkUnit], pa.Schema] | None = None,
+) -> list[tuple[Request, Text] | None]:
+    """The same, and None for each sampled row that cannot be asked."""
     if planned is None:
         plan, schema = make_plan(job)
         planned = plan.units, schema
     all_units, schema = planned
     check_columns(schema, job.input)
     renderer = Renderer(load_tokenizer(model.path), job, max_model_len=max_model_len, seed_base=seed_base)
-    sampled: list[tuple[Request, Text]] = []
-    units = _evenly(all_units, _MAX_UNITS)
-    for unit in units:
-        prompts, seen = [], 0
+    sampled: list[tuple[int, tuple[Request, Text] | None]] = []
+    for unit, places in _places(all_units, _PLACES):
+        prompts: list[tuple[int, Prompt | RowError]] = []
         for position, batch in read_unit(unit, schema, _BATCH_ROWS):
-            prompts += list(read_prompts(batch, position, job))
-            seen += batch.num_rows
-            if seen >= _READ_ROWS:
+            prompts += enumerate(read_prompts(batch, position, job), start=position)
+            if len(prompts) >= _READ_ROWS:
                 break
-        chosen = [prompt for prompt in _evenly(prompts, -(-rows // len(units))) if isinstance(prompt, Prompt)]
-        for prompt, item in zip(chosen, renderer.render(chosen), strict=True):
-            text = renderer.text(prompt)
-            if isinstance(item, Request) and not isinstance(text, RowError):
-                sampled.append((item, text))
+        chosen = evenly(prompts, -(-rows * places // _PLACES))
+        for (position, prompt), item in zip(chosen, renderer.render([prompt for _, prompt in chosen]), strict=True):
+            text = renderer.text(prompt) if isinstance(prompt, Prompt) else prompt
+            asked = (item, text) if isinstance(item, Request) and not isinstance(text, RowError) else None
+            sampled.append((position, asked))
     # Any beginning of the sample is a sample itself.
-    sampled.sort(key=lambda one: hashlib.blake2b(str(one[0].position).encode(), digest_size=8).digest())
-    return sampled[:rows]
+    sampled.sort(key=lambda one: hashlib.blake2b(str(one[0]).encode(), digest_size=8).digest())
+    return [row for _, row in sampled[:rows]]
 
 
 def fixed(sample: Sequence[Request], lengths: Mapping[int, int]) -> list[Request]:
@@ -109,6 +124,15 @@ def warm(requests: Sequence[Request]) -> list[Request]:
     ]
 
 
-def _evenly(items: Sequence[Item], count: int) -> list[Item]:
+def _places(units: Sequence[WorkUnit], count: int) -> list[tuple[WorkUnit, int]]:
+    """The units in which so many places lie, evenly over the rows, and how many lie in each: units get smaller towards the table's end."""
+    ends = list(accumulate(unit.num_rows for unit in units))
+    if not ends or not ends[-1]:
+        return []
+    found = Counter(bisect_right(ends, (2 * place + 1) * ends[-1] // (2 * count)) for place in range(count))
+    return [(units[index], places) for index, places in sorted(found.items())]
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
     """So many of them at most, from all over."""
     return list(items) if len(items) <= count else [items[index * len(items) // count] for index in range(count)]

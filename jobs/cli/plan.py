@@ -87,6 +87,8 @@ def plan(
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             click.echo(f"{key.replace('_', ' '):16} {shown}")
     if made:
+        if made.lengths.unasked.value:
+            click.echo(f"of {made.lengths.rows:,} rows about {_count(made.lengths.unasked.value)} cannot be asked, and become error rows")
         if report.earlier:
             click.echo(_reused(made.lengths, [one.out_uri for one in report.earlier]))
         _show_forecast(made, deadline_s, max_cost)

@@ -240,6 +240,25 @@ def test_an_estimate_is_of_the_units_that_are_not_committed(make_job: MakeJob, w
     assert rest.tokens.output.value == whole.tokens.output.value * 64 / 160
 
 
+def test_rows_that_cannot_be_asked_cost_no_tokens(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    write_table([{"prompt": None if row % 4 == 0 else f"question {row}"} for row in range(160)])
+    job = make_job()
+    found = forecast(plan(job), nodes=(1,))
+    assert (found.lengths.sampled, found.lengths.unasked.value, found.lengths.generated.value) == (120, 40, 120)
+    assert found.tokens.output.value == found.lengths.output.value * 120
+    shown = CliRunner().invoke(main, ["plan", write_file(job, tmp_path / "job.json")])
+    assert "of 160 rows about 40 cannot be asked" in shown.output
+
+
+def test_a_history_of_longer_completions_is_cut_at_what_this_job_allows(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
+    write_table([{"prompt": f"question {row}"} for row in range(64)])
+    earlier = make_job(output={"uri": str(tmp_path / "earlier")}, sampling={"max_tokens": 64})
+    run(earlier)
+    assert max(earlier_outputs(earlier.output.uri)) > 8
+    job = make_job(sampling={"max_tokens": 8})
+    assert forecast(plan(job), history=[earlier.output.uri], nodes=(1,)).lengths.output.high <= 8
+
+
 def test_units_whose_objects_have_changed_are_not_in_the_estimate(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
     for name in ("in/a.parquet", "in/b.parquet"):
         write_table(pa.table({"prompt": [f"{name} {row}" for row in range(32)]}), name)
