@@ -18,6 +18,7 @@ from jobs.plan import changed_since
 from jobs.plan import make_plan
 from jobs.plan import untaken
 from pipeline import storage
+from pipeline.hardware import find_profile
 from pipeline.model import Model
 from pipeline.model import resolve_model
 from pipeline.profile import ReplicaPlan
@@ -72,8 +73,15 @@ class Accepted:
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of one node: as the job says, or its profile; None where neither does, and where the nodes of a cluster have their own."""
-        return self.job.limits.usd_per_hour or (self.cut.usd_per_hour if self.cut is not None else None)
+        """Of one node: as the job says, or its profile; None where neither does.
+
+        Nodes of a cluster are of the profile that the job names, if it is one that is found here.
+        """
+        if self.job.limits.usd_per_hour or self.cut is not None:
+            return self.job.limits.usd_per_hour or (self.cut.usd_per_hour if self.cut else None)
+        with contextlib.suppress(JobError):
+            return find_profile(self.job.engine.profile).usd_per_hour
+        return None
 
     @property
     def todo(self) -> list[WorkUnit]:

@@ -77,6 +77,13 @@ def test_a_node_costs_what_its_own_file_says(make_job: MakeJob, tmp_path: Path, 
     assert caps_of(job.limits, profile_usd_per_hour=accept(job).usd_per_hour).usd_per_hour == 7.0
 
 
+def test_a_clusters_nodes_cost_what_the_jobs_profile_says(make_job: MakeJob, tmp_path: Path) -> None:
+    cluster = {"kind": "address", "address": "tcp://10.0.0.4:8786", "insecure": True}
+    for profile, expected in ((str(own_size(tmp_path)), 7.0), ("auto", None), ("on-the-nodes.yaml", None)):
+        job = make_job(engine={"kind": "vllm", "options": {}, "profile": profile}, cluster=cluster)
+        assert accept(job).usd_per_hour == expected
+
+
 def test_a_run_with_a_cap_and_no_price_anywhere_is_refused(make_job: MakeJob, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"limits\.max_cost_usd: nobody knows what a node costs here"):
         run(vllm_job(make_job, own_size(tmp_path, "nd96isr-h100-v5", price=None), limits={"max_cost_usd": 10.0}))
