@@ -51,17 +51,25 @@ def main(data: dict[str, Any], _: Say) -> dict[str, Any]:
         timeout=timedelta(seconds=data["join_s"]),
     )
     try:
-        measured = [*_all_reduces(order, world, device, data["label"]), *_pairs(order, world, rank, device, data["label"])]
+        free = _least_free_bytes(device)
+        measured = [*_all_reduces(order, world, device, data["label"], free), *_pairs(order, world, rank, device, data["label"], free)]
     finally:
         distributed.destroy_process_group()
     return Answer(measurements=tuple(measured)).model_dump(mode="json")
 
 
-def _all_reduces(order: Order, world: World, device: torch.device, label: str) -> list[Measurement]:
+def _least_free_bytes(device: torch.device) -> int:
+    """Of all processes' devices: they must choose the same sizes, or they wait for each other for ever."""
+    free = torch.tensor([free_bytes(device)], device=device, dtype=torch.int64)
+    distributed.all_reduce(free, op=distributed.ReduceOp.MIN)
+    return int(free.item())
+
+
+def _all_reduces(order: Order, world: World, device: torch.device, label: str, free: int) -> list[Measurement]:
     """Bus bandwidth, as NCCL's tests define it: 2 (n-1)/n of the message's bytes, divided by the time. Of one GPU alone there is none."""
-    if world.size < 2:
+    sizes = [size for size in _SIZES[device.type] if size <= free]
+    if world.size < 2 or not sizes:
         return []
-    sizes = [size for size in _SIZES[device.type] if size <= free_bytes(device)]
     slice_s = order.seconds / 2 / len(sizes)
     measured = []
     for size in sizes:
@@ -97,12 +105,12 @@ def _agreed_seconds(call: Any, device: torch.device, slice_s: float) -> float:
     return float(seconds.item())
 
 
-def _pairs(order: Order, world: World, rank: int, device: torch.device, label: str) -> list[Measurement]:
+def _pairs(order: Order, world: World, rank: int, device: torch.device, label: str, free: int) -> list[Measurement]:
     """To and from one partner at a time, in both directions at once; bytes of one direction count, and the best partner."""
     others = partners(world.places, rank, most=_MAX_ROUNDS)
     if not others:
         return []
-    size = min(_PAIR_BYTES[device.type], free_bytes(device) // 2)
+    size = min(_PAIR_BYTES[device.type], free // 2)
     sent, received = torch.ones(size // 4, device=device), torch.empty(size // 4, device=device)
     rates: dict[int, float] = {}
     for other in others:

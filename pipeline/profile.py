@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def this_machine(environment: Mapping[str, str] = os.environ, root: Path = Path(
         flags |= {f"amd_{flag}" for flag in flags if flag.startswith("avx512")}  # its units are wider than others' of the same flag
     gpus = find_gpus(root)
     given = environment.get("CUDA_VISIBLE_DEVICES")
-    visible = tuple(device for device in (given or "").split(",") if device)
+    # As the driver reads it: what follows one that is none, such as -1, is not seen either.
+    visible = tuple(takewhile(lambda device: device and not device.startswith("-"), (given or "").split(",")))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         cores=cores,

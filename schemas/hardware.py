@@ -72,6 +72,12 @@ class Device(Frozen):
     peer_gb_per_s: Figure | None = None
     """Bus bandwidth of an all-reduce among the devices of one node."""
 
+    @model_validator(mode="after")
+    def _computes(self) -> Device:
+        if "bf16" not in self.gemm_tflops:
+            raise ValueError("gemm_tflops: bf16 is missing, in which it runs what it has no other precision for")
+        return self
+
     def gemm_flops(self, precision: Precision) -> float:
         """Per second. Raises KeyError where it does not compute in that precision."""
         return 1e12 * self.gemm_tflops[precision].ceiling(GEMM_SHARE_OF_PEAK)

@@ -100,3 +100,9 @@ def test_nvidias_device_nodes_are_counted_without_its_control_ones(tmp_path: Pat
 def test_what_the_environment_shows_is_what_there_is(tmp_path: Path) -> None:
     machine = this_machine({"CUDA_VISIBLE_DEVICES": "3,5"}, mi300x_node(tmp_path))
     assert (machine.num_gpus, machine.visible_gpus) == (2, ("3", "5"))
+
+
+@pytest.mark.parametrize(("said", "expected"), [("", ()), ("-1", ()), ("1,-1,3", ("1",)), ("GPU-5a,2", ("GPU-5a", "2"))])
+def test_what_the_environment_hides_is_not_there(tmp_path: Path, said: str, expected: tuple[str, ...]) -> None:
+    machine = this_machine({"CUDA_VISIBLE_DEVICES": said}, mi300x_node(tmp_path))
+    assert (machine.num_gpus, machine.visible_gpus) == (len(expected), expected)
