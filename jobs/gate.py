@@ -48,7 +48,8 @@ def ask_prepared(made: Model, rows: list[Row], *, max_tokens: int, dtype: str | 
 def plan_source(source: Model, rows: list[Row], *, max_tokens: int, machine: Machine) -> ReplicaPlan:
     """One engine for the unquantised model."""
     try:
-        return _plan(source, rows, max_tokens, machine, {})
+        # Not in fewer bits than it has: what a profile's cache of FP8 loses is part of what is judged.
+        return _plan(source, rows, max_tokens, machine, {"kv_cache_dtype": "auto"})
     except JobError as error:
         what = str(error).partition(";")[0]  # what follows advises to prepare the model, or to change a job
         raise JobError(

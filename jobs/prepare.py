@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,18 @@ def prepare(order: Order, say: Say) -> Result:
             "with such GPUs, or leave the gate out with --no-gate, which the checkpoint will say"
         )
     local = cache_folder() / "models" / name if order.output is None or _is_remote(order.output) else Path(_place(order.output, name))
+    remote = storage.join(order.output, name) if order.output is not None and _is_remote(order.output) else None
+    if remote is not None and not local.exists() and storage.exists(storage.join(remote, "config.json")):
+        return _found(remote, digest, order, source)  # another node made it
     local.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(local.parent / f".{name}.lock")):
-        result = _found(local, digest, order, source)
+        result = _found(str(local), digest, order, source) if local.exists() else None
         if result is None:
             say(f"{source.path} to {precision}: {len(judges)} rows judge, {len(calibration)} calibrate")
             result = _make(local, digest, recipe, order, source, judges, calibration, say)
-    if result.uri is not None and order.output is not None and _is_remote(order.output):
-        uri = storage.join(order.output, name)
-        _upload(local, uri, say)
-        return Result(**{**_fields(result), "uri": uri})
+    if result.uri is not None and remote is not None:
+        _upload(local, remote, say)
+        return replace(result, uri=remote)
     return result
 
 
@@ -224,25 +227,23 @@ def _place(folder: str, name: str) -> str:
     return os.path.join(storage.absolute(folder), name)
 
 
-def _found(local: Path, digest: str, order: Order, source: Model) -> Result | None:
+def _found(place: str, digest: str, order: Order, source: Model) -> Result:
     """What an earlier command made there. Raises ForeignOutput where it is something else, JobError where it does not reach this bar."""
-    if not local.exists():
-        return None
     try:
-        prepared = Prepared.model_validate_json((local / PREPARED_FILE).read_bytes())
+        prepared = Prepared.model_validate_json(storage.read_bytes(storage.join(place, PREPARED_FILE)))
     except (OSError, ValidationError) as error:
         what = type(error).__name__
         raise ForeignOutput(
-            f"{local} is there and is no prepared checkpoint ({PREPARED_FILE}: {what}); move it, or choose --output"
+            f"{place} is there and is no prepared checkpoint ({PREPARED_FILE}: {what}); move it, or choose --output"
         ) from None
     if prepared.digest != digest:
-        raise ForeignOutput(f"{local} holds another checkpoint (digest {prepared.digest[:12]}, expected {digest[:12]}); move it away")
+        raise ForeignOutput(f"{place} holds another checkpoint (digest {prepared.digest[:12]}, expected {digest[:12]}); move it away")
     if order.gate:
         again = judge_again(prepared.gate, order.bar) if prepared.gate is not None else None
         if again is None or not again.passed:
             why = "was made without the gate" if again is None else "; ".join(again.refusals)
-            raise JobError(f"{local} is there, but does not reach this bar: it {why}. Remove it, or ask for the bar that it was made with")
-    return _result(local, prepared, source, existed=True)
+            raise JobError(f"{place} is there, but does not reach this bar: it {why}. Remove it, or ask for the bar that it was made with")
+    return _result(place, prepared, source, existed=True)
 
 
 def _make(
@@ -294,7 +295,7 @@ def _make(
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    return _result(local, prepared, source, existed=False)
+    return _result(str(local), prepared, source, existed=False)
 
 
 def _before(order: Order, source: Model, judges: list[Row], say: Say) -> Measured:
@@ -304,13 +305,9 @@ def _before(order: Order, source: Model, judges: list[Row], say: Say) -> Measure
     return ask_source(source, judges, max_tokens=order.max_tokens, say=say)
 
 
-def _result(local: Path, prepared: Prepared, source: Model, *, existed: bool) -> Result:
-    after = sum(file.stat().st_size for file in local.glob("*.safetensors"))
-    return Result(uri=str(local), prepared=prepared, existed=existed, bytes_before=source.weights_bytes, bytes_after=after)
-
-
-def _fields(result: Result) -> dict[str, Any]:
-    return {name: getattr(result, name) for name in Result.__slots__}
+def _result(place: str, prepared: Prepared, source: Model, *, existed: bool) -> Result:
+    after = sum(size for name, size in storage.list_names(place).items() if name.endswith(".safetensors"))
+    return Result(uri=place, prepared=prepared, existed=existed, bytes_before=source.weights_bytes, bytes_after=after)
 
 
 def _to_disk(path: Path) -> None:

@@ -24,19 +24,25 @@ from pipeline.tuning import Outcome
 from pipeline.tuning import Setting
 from schemas.errors import JobError
 from schemas.job import JobSpec
+from schemas.profile import Profile
 
 _KEY_CHARACTERS = 24
+_VERSION = 2
+"""Of how trials are run: what another version measured is not compared with."""
 
 
 @contextlib.contextmanager
-def open_journal(job: JobSpec, model: Model, node: str, sample: Sequence[Request], rows: int | None, fresh: bool) -> Iterator[Journal]:
-    """The journal of just this search; one process at a time. Raises JobError where another one has it."""
+def open_journal(
+    job: JobSpec, model: Model, base: Profile, node: str, sample: Sequence[Request], rows: int | None, fresh: bool
+) -> Iterator[Journal]:
+    """The journal of just this search around a profile; one process at a time. Raises JobError where another one has it."""
     digest = hashlib.sha256()
     for request in sample:
         digest.update(json.dumps([request.position, request.token_ids, request.sampling.model_dump(mode="json", by_alias=True)]).encode())
     header = {
         "weights": model.weights_digest, "node": node, "engine": engine_package(), "sample": digest.hexdigest(), "rows": rows,
-        "profile": job.engine.profile, "options": asked_options(job.engine), "replicas": job.cluster.replicas,
+        "profile": base.model_dump(mode="json"), "options": asked_options(job.engine), "replicas": job.cluster.replicas,
+        "version": _VERSION,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:_KEY_CHARACTERS]
     path = cache_folder() / "tune" / f"{key}.jsonl"

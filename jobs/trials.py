@@ -175,7 +175,7 @@ class Trials:
             run_s=round(result.elapsed_s, 2),
         )
         alike = agreement(self._journal.first_tokens, made)
-        if outcome.state == "done" and alike < _AGREE:  # of one that was stopped, the few rows that were done prove nothing
+        if not result.stopped and alike < _AGREE:  # of one that was stopped, the few rows that were done prove nothing
             return replace(outcome, state="failed", message=f"only {alike:.0%} of its completions begin as they do untuned")
         return outcome
 

@@ -122,7 +122,7 @@ def tune(
     sample = read_sample(job, models[0], most, max_model_len=plan.options["max_model_len"])
     if not sample:
         raise JobError("input.uri: no row of the sample makes a prompt, so there is nothing to try engines with")
-    with open_journal(job, models[0], node_kind(machine), sample, rows, fresh) as journal:
+    with open_journal(job, models[0], base, node_kind(machine), sample, rows, fresh) as journal:
         trials = Trials(job, models, machine, base, journal, show)
 
         def make_space(requests: Sequence[Request]) -> Space:

@@ -72,6 +72,11 @@ def profile_text(name: str) -> str:
     return (_PROFILES / f"{find_profile(name).name}.yaml").read_text()
 
 
+def profile_yaml(profile: Profile) -> str:
+    """As a file that `find_profile` reads back, with its device."""
+    return yaml.safe_dump(profile.model_dump(mode="json", exclude_defaults=True, exclude={"name"}), sort_keys=False)
+
+
 def device_of(profile: Profile) -> Device | None:
     """What its node computes on; None where the profile does not say. Raises JobError where no such device is described."""
     if profile.accelerator is not None or profile.node is None:

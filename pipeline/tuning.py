@@ -8,6 +8,7 @@ trial: at a quarter and at half of its tokens one that is clearly slower than th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from pipeline.profile import ReplicaPlan
 from pipeline.profile import plan_replicas
 from schemas.profile import Profile
 
+_SOONER = 0.8
+"""Of the best setting's start, that another's must be below to be up sooner: the rest is what two starts of the same differ by."""
 BETTER = 1.02
 """A setting replaces the best one only if it is quicker by more than what two runs of the same differ by."""
 RUNGS = ((0.25, 0.60), (0.50, 0.80))
@@ -177,7 +180,8 @@ def sooner_of(outcomes: Mapping[str, Outcome], best: Setting) -> tuple[Setting, 
     for key, outcome in outcomes.items():
         setting = parse_key(key)
         same = setting.model == best.model and setting.get("dtype") == best.get("dtype") and not setting.defaults
-        if outcome.state == "done" and same and outcome.start_s < top.start_s and outcome.output_tokens_per_s < top.output_tokens_per_s:
+        sooner = outcome.start_s < _SOONER * top.start_s
+        if outcome.state == "done" and same and sooner and outcome.output_tokens_per_s < top.output_tokens_per_s:
             slower_s = 1 / outcome.output_tokens_per_s - 1 / top.output_tokens_per_s
             found.append((round((top.start_s - outcome.start_s) / slower_s), key))
     # The one that stays ahead longest: settings that differ by noise alone break even within a few rows of each other.
@@ -288,12 +292,14 @@ def space_for(
     prompt, too. KV types that lose precision are for the caller to allow. Raises JobError where the model fits nowhere.
     """
     plan = plan_replicas(base, machine, models[0], replicas=replicas, options=dict(options))
-    own = {name for name, value in base.options.items() if not isinstance(value, Mapping)}  # nothing to vary in the others
+    own = {name for name, value in base.options.items() if isinstance(value, str | int | float)}  # nothing to vary in the others
     free = {name: value for name, value in plan.options.items() if name in {*_FIELDS, *own} and name not in options}
     preload = tuple(name for name in ALLOCATORS if name in machine.libraries)[:1] if base.device == "cpu" else ()
     start = Setting(model=models[0].weights_digest, replicas=plan.replicas, options=(), preload=preload).but(**free)
+    if base.device == "gpu" and "tensor_parallel_size" not in options:
+        start = start.but(tensor_parallel_size=plan.options.get("tensor_parallel_size", 1))
     build = _gpu_space if base.device == "gpu" else _cpu_space
-    space = build(machine, start, models, options, tokens_per_row)
+    space = build(machine, start, models, tokens_per_row)
     rest: list[Mapping[str, Any]] = [{"kv_cache_dtype": name} for name in kv_cache_dtypes]
     if shared_share >= _WORTH_SHARING:
         rest.append({"enable_prefix_caching": True})
@@ -301,18 +307,23 @@ def space_for(
     return replace(
         space,
         ladders=tuple(
-            (name, tuple(v for v in values if v <= max(rows, 64) or "tokens" in name))
+            (name, _rungs(values, start.get(name), math.inf if "tokens" in name else max(rows, 64)))
             for name, values in space.ladders
             if name not in options
         ),
         changes=tuple(change for change in space.changes if not set(change) & set(options)),
         rest=tuple(change for change in rest if not set(change) & set(options)),
         dtypes=() if "dtype" in options else space.dtypes,
-        cuts=() if replicas else space.cuts,
+        cuts=() if replicas or "tensor_parallel_size" in options else space.cuts,
     )
 
 
-def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], options: Mapping[str, Any], tokens_per_row: int) -> Space:
+def _rungs(values: Sequence[int], now: int | None, most: float) -> tuple[int, ...]:
+    """Those worth trying, and where a run stands without."""
+    return tuple(sorted({*(value for value in values if value <= most), *(() if now is None else (now,))}))
+
+
+def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], tokens_per_row: int) -> Space:
     x86 = "sse2" in machine.cpu_flags
     dtypes = [name for name in ("bfloat16", "float32", "float16") if name != "float16" or not x86 or "avx512_fp16" in machine.cpu_flags]
     dtypes.sort(key=lambda name: name != start.get("dtype"))
@@ -340,13 +351,11 @@ def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], option
     )
 
 
-def _gpu_space(machine: Machine, start: Setting, models: Sequence[Model], options: Mapping[str, Any], tokens_per_row: int) -> Space:
+def _gpu_space(machine: Machine, start: Setting, models: Sequence[Model], tokens_per_row: int) -> Space:
     cuts = {model.weights_digest: _gpu_cuts(machine, model, tokens_per_row) for model in models}
-    if "tensor_parallel_size" in options:
-        cuts = {}
-    else:
-        replicas, width = cuts[models[0].weights_digest][-1]
-        start = start.but(replicas=replicas, **width)
+    # What a run takes goes by the model's context, these by the table's rows.
+    first, now = models[0].weights_digest, (start.replicas, {"tensor_parallel_size": start.get("tensor_parallel_size")})
+    cuts[first] = tuple(sorted({cut[0]: cut for cut in (*cuts[first], now)}.values(), key=lambda cut: cut[0]))
     return Space(
         start=start,
         models=_most_promising(models),

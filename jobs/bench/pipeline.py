@@ -126,6 +126,8 @@ def _run_once(accepted: Accepted, cluster: LocalCluster) -> Measured:
     assert totals.started_at is not None
     elapsed_s = ended - totals.started_at
     time.sleep(_HEARTBEAT_S)
+    while any(replica.in_flight for replica in cluster.replicas()):
+        time.sleep(_POLL_S)  # a unit that took long was run twice, and its other copy is still at it
     return Measured(
         rows=totals.rows,
         prompt_tokens=totals.prompt_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jobs.accept import Accepted
 from jobs.accept import accept
 from pipeline.engine.engine import Request
 from pipeline.profile import ReplicaPlan
+from pipeline.profile import cut_machine
 from pipeline.prompts import read_prompts
 from pipeline.read import read_unit
 from pipeline.render import Renderer
@@ -39,17 +41,25 @@ class Rows:
 
 
 def accept_for_bench(job: JobSpec, folder: Path, num_rows: int | None = None) -> Accepted:
-    """Accept a job whose output lies under `folder`, over its first rows only where so many are given. Raises JobError."""
+    """Accept a job whose output lies under `folder`, over its first rows only where so many are given. Raises JobError.
+
+    Engines are cut as for a job without end: starts are not part of what is measured, and few rows no reason for slower engines.
+    """
     if job.cluster.kind != "local":
         raise JobError(f"cluster.kind: found {job.cluster.kind}; a benchmark starts replicas of its own on this machine: local")
-    accepted = accept(into(job, folder / "out"))
+    accepted = _accept(into(job, folder / "out"))
     if num_rows is None or num_rows >= accepted.plan.num_rows:
         return accepted
     path = folder / "in" / "rows.parquet"
     path.parent.mkdir(parents=True)
     table = pa.Table.from_batches(_batches(accepted), accepted.record.input_schema).slice(0, num_rows)
     pq.write_table(table, path, row_group_size=max(_MIN_GROUP_ROWS, -(-num_rows // _GROUPS)))
-    return accept(into(job.model_copy(update={"input": job.input.model_copy(update={"uri": str(path)})}), folder / "out"))
+    return _accept(into(job.model_copy(update={"input": job.input.model_copy(update={"uri": str(path)})}), folder / "out"))
+
+
+def _accept(job: JobSpec) -> Accepted:
+    accepted = accept(job)
+    return replace(accepted, cut=cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas))
 
 
 def into(job: JobSpec, folder: Path) -> JobSpec:

@@ -52,6 +52,7 @@ class _Show:
 @click.option("--kv-cache-dtype", "kv_cache_dtypes", multiple=True, help="Also try a less precise KV cache, such as fp8; repeatable.")
 @click.option("--fresh", is_flag=True, help="Measure again what an earlier search of the same measured.")
 @click.option("--show", "shown", is_flag=True, help="Say what was tuned for this model and node, and do nothing else.")
+@click.option("--yaml", "as_yaml", is_flag=True, help="With --show: as a profile, for engine.profile on other nodes.")
 @click.option("--forget", is_flag=True, help="Forget what was tuned for this model and node, and do nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 def tune(
@@ -62,6 +63,7 @@ def tune(
     kv_cache_dtypes: tuple[str, ...],
     fresh: bool,
     shown: bool,
+    as_yaml: bool,
     forget: bool,
     as_json: bool,
     **flags: Any,
@@ -76,9 +78,12 @@ def tune(
       tokenmill tune job.yaml --budget 10m
       tokenmill tune --model demo --input 'data/*.parquet' --prompt question --max-tokens 128 --prepared demo-int8/
       tokenmill tune --model demo --show
+      tokenmill tune --model demo --show --yaml > /mnt/share/mine.yaml
     """
+    if as_yaml and not shown:
+        raise JobError("--yaml: give it with --show")
     if shown or forget:
-        _look(job_file, flags, forget=forget, as_json=as_json)
+        _look(job_file, flags, forget=forget, as_json=as_json, as_yaml=as_yaml)
         return
     from jobs.tune import tune as tune_job
     from jobs.tune import words
@@ -101,8 +106,9 @@ def tune(
         click.echo(line)
 
 
-def _look(job_file: str | None, flags: dict[str, Any], *, forget: bool, as_json: bool) -> None:
+def _look(job_file: str | None, flags: dict[str, Any], *, forget: bool, as_json: bool, as_yaml: bool) -> None:
     from jobs.api import load_job_data
+    from pipeline.hardware import profile_yaml
     from pipeline.model import resolve_model
     from pipeline.profile import node_kind
     from pipeline.profile import this_machine
@@ -119,7 +125,11 @@ def _look(job_file: str | None, flags: dict[str, Any], *, forget: bool, as_json:
         click.echo(f"forgotten: {path}" if forget_tuned(weights, node) else f"nothing was tuned for {name} on {node}")
         return
     tuned = load_tuned(path)
-    if tuned is None:
+    if as_yaml:
+        if tuned is None:
+            raise JobError(f"nothing was tuned for {name} on {node}; run tokenmill tune")
+        click.echo(profile_yaml(tuned.profile), nl=False)
+    elif tuned is None:
         click.echo(f"nothing was tuned for {name} on {node}; run tokenmill tune")
     elif as_json:
         click.echo(json.dumps(tuned.model_dump(mode="json"), indent=1))

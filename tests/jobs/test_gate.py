@@ -16,6 +16,7 @@ from pipeline.measure import Measured
 from pipeline.model import Model
 from pipeline.model import resolve_model
 from pipeline.profile import Machine
+from pipeline.profile import load_profile
 from schemas.errors import JobError
 
 ROWS = [Row(prompt_ids=[1, 2, row], reference_ids=[3, row], reference=f"answer {row}") for row in range(4)]
@@ -41,6 +42,13 @@ def test_where_the_unquantised_model_fits_no_engine_the_ways_on_are_named(source
     said = str(refused.value)
     assert all(words in said for words in ("fit", "on a node that holds it", "`tokenmill model baseline", "--baseline FILE", "--no-gate"))
     assert "model prepare" not in said  # which was just asked for
+
+
+def test_the_unquantised_models_cache_loses_nothing_that_would_then_not_be_judged(source: Model) -> None:
+    machine = Machine(cores=96, memory_bytes=1900 << 30, num_gpus=8, gpu_name="NVIDIA H100 80GB HBM3", gpu_memory_bytes=80 << 30)
+    profile = load_profile("auto", machine)
+    assert profile.options["kv_cache_dtype"] == "fp8"
+    assert plan_source(source, ROWS, max_tokens=8, machine=machine).options["kv_cache_dtype"] == "auto"
 
 
 def test_what_a_larger_node_wrote_down_is_read_as_it_was_said(source: Model, tmp_path: Path) -> None:

@@ -131,6 +131,24 @@ def test_config_comes_last_so_that_half_a_checkpoint_resolves_nowhere(tiny_model
     assert resolve_model(stored).digests == resolve_model(str(tiny_model)).digests
 
 
+def test_another_node_finds_on_the_store_what_one_has_made(
+    order: Order, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "one"))
+    made = prepare(replace(order, output=stored), quiet)
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "another"))
+    lines: list[str] = []
+    found = prepare(replace(order, output=stored), lines.append)
+    assert (made.existed, found.existed, lines) == (False, True, [])
+    assert replace(found, existed=False) == made
+    assert found.uri is not None
+    with pytest.raises(JobError, match=r"is there, but does not reach this bar: it was made without the gate"):
+        prepare(replace(order, output=stored, gate=True), quiet)
+    storage.remove(storage.join(found.uri, "tokenmill.json"))
+    with pytest.raises(ForeignOutput, match=r"is no prepared checkpoint \(tokenmill\.json: FileNotFoundError\)"):
+        prepare(replace(order, output=stored), quiet)
+
+
 def test_what_was_stored_is_left_as_it_is_and_what_differs_is_refused(tiny_model: Path, stored: str) -> None:
     storage.create_once(storage.join(stored, "config.json"), (tiny_model / "config.json").read_bytes())
     lines: list[str] = []

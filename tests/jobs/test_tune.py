@@ -18,8 +18,11 @@ from jobs.accept import accept
 from jobs.accept import store
 from jobs.api import plan as plan_job
 from jobs.api import run as run_job
+from jobs.bench.rows import accept_for_bench
 from jobs.cli import main
+from jobs.plan import make_plan
 from jobs.sample import fixed
+from jobs.sample import read_rows
 from jobs.sample import read_sample
 from jobs.sample import warm
 from jobs.trial_journal import Journal
@@ -29,6 +32,7 @@ from jobs.tune import search
 from jobs.tune import tune
 from jobs.tune import words
 from pipeline.engine.engine import Request
+from pipeline.hardware import find_profile
 from pipeline.model import resolve_model
 from pipeline.profile import load_profile
 from pipeline.profile import node_kind
@@ -46,8 +50,10 @@ from pipeline.tuning import parse_key
 from schemas.errors import EngineStartError
 from schemas.errors import JobError
 from schemas.job import JobSpec
+from schemas.profile import Profile
 from schemas.sampling import Sampling
 from schemas.tuned import Tuned
+from schemas.unit import WorkUnit
 
 MakeJob = Callable[..., JobSpec]
 WriteTable = Callable[..., Path]
@@ -162,18 +168,22 @@ def test_ctrl_c_ends_a_search_and_keeps_what_it_has(tmp_path: Path) -> None:
 
 def test_two_searches_of_the_same_do_not_run_at_once(make_job: MakeJob, tiny_model: Path) -> None:
     model, job = resolve_model(str(tiny_model)), make_job()
-    with open_journal(job, model, "here", [], None, False) as journal:
-        second = open_journal(job, model, "here", [], None, False)
+    with open_journal(job, model, load_profile("auto", this_machine()), "here", [], None, False) as journal:
+        second = open_journal(job, model, load_profile("auto", this_machine()), "here", [], None, False)
         with pytest.raises(JobError, match=f"at work on the same .*{journal.path.name}"):
             second.__enter__()
 
 
-def test_other_rows_nodes_and_options_have_journals_of_their_own(make_job: MakeJob, tiny_model: Path) -> None:
+def test_other_rows_nodes_profiles_and_options_have_journals_of_their_own(make_job: MakeJob, tiny_model: Path) -> None:
     model, job = resolve_model(str(tiny_model)), make_job()
     row = Request(position=1, token_ids=[1, 2], sampling=Sampling())
 
-    def path(job: JobSpec = job, node: str = "here", sample: Sequence[Request] = (row,), rows: int | None = None) -> Path:
-        with open_journal(job, model, node, sample, rows, False) as journal:
+    profile = load_profile("auto", this_machine())
+
+    def path(
+        job: JobSpec = job, base: Profile = profile, node: str = "here", sample: Sequence[Request] = (row,), rows: int | None = None
+    ) -> Path:
+        with open_journal(job, model, base, node, sample, rows, False) as journal:
             return journal.path
 
     assert path() == path()
@@ -181,9 +191,10 @@ def test_other_rows_nodes_and_options_have_journals_of_their_own(make_job: MakeJ
         path(node="there"),
         path(sample=[replace(row, token_ids=[1, 3])]),
         path(rows=5),
-        path(job=make_job(engine={"profile": "local-cpu"})),
+        path(job=vllm_job(make_job, options={"seed": 1})),
+        path(base=profile.model_copy(update={"environment": {"A": "1"}})),
     }
-    assert len(others | {path()}) == 5
+    assert len(others | {path()}) == 6
 
 
 def table(count: int) -> list[dict[str, Any]]:
@@ -202,6 +213,22 @@ def test_the_sample_comes_from_all_over_the_table_and_is_always_the_same(
     assert positions[0] < 300
     assert positions[-1] > 2700
     assert max(after - before for before, after in itertools.pairwise(positions)) < 300
+
+
+def test_small_units_at_a_tables_end_do_not_count_for_more(make_job: MakeJob, write_table: WriteTable, tiny_model: Path) -> None:
+    write_table(table(3000), row_group_size=100)
+    job = make_job()
+    plan, schema = make_plan(job)
+    first = plan.units[0].ranges[0]  # of the table's only object
+    bounds = [0, 1000, 2000, *range(2010, 3001, 10)]
+    units = [
+        WorkUnit(index=index, ranges=(replace(first, row_start=start, row_stop=stop, position=start),))
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds))
+    ]
+    sample = read_rows(job, resolve_model(str(tiny_model)), 96, max_model_len=512, seed_base="", planned=(units, schema))
+    positions = [one[0].position for one in sample if one]
+    assert 25 <= sum(position >= 2000 for position in positions) <= 40
+    assert 25 <= sum(position < 1000 for position in positions) <= 40
 
 
 def test_rows_that_cannot_be_asked_are_not_in_the_sample(make_job: MakeJob, write_table: WriteTable, tiny_model: Path) -> None:
@@ -293,12 +320,24 @@ def test_a_plan_says_which_profile_a_run_would_take(make_job: MakeJob, write_tab
     assert plan_job(vllm_job(make_job, profile="local-cpu")).profile == "local-cpu"
 
 
+def test_a_benchmark_of_few_rows_measures_what_was_tuned_and_not_what_is_up_sooner(
+    make_job: MakeJob, write_table: WriteTable, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_table(table(8))
+    tuned = tuned_for(tiny_model, max_num_seqs=7)
+    quick = tuned.profile.model_copy(update={"max_num_seqs": 5})
+    save_tuned(tuned.model_copy(update={"quick": quick, "quick_below_tokens": 1_000_000}))
+    job = vllm_job(make_job)
+    cuts = [accept(job).cut, accept_for_bench(job, tmp_path / "whole").cut, accept_for_bench(job, tmp_path / "some", 4).cut]
+    assert [cut and cut.options["max_num_seqs"] for cut in cuts] == [5, 7, 7]
+
+
 def test_the_simulated_engine_is_not_tuned(make_job: MakeJob) -> None:
     with pytest.raises(JobError, match=r"engine\.kind: found simulated; tune measures a real engine"):
         tune(make_job(), budget_s=1.0, show=Silent())
 
 
-def test_tuned_settings_are_shown_and_forgotten(tiny_model: Path) -> None:
+def test_tuned_settings_are_shown_written_for_other_nodes_and_forgotten(tiny_model: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     assert "nothing was tuned" in runner.invoke(main, ["tune", "--model", str(tiny_model), "--show"]).output
     save_tuned(tuned_for(tiny_model, max_num_seqs=7))
@@ -307,6 +346,11 @@ def test_tuned_settings_are_shown_and_forgotten(tiny_model: Path) -> None:
     assert "max_num_seqs: 7" in shown
     as_json = runner.invoke(main, ["tune", "--model", str(tiny_model), "--show", "--json"]).output
     assert json.loads(as_json)["profile"]["max_num_seqs"] == 7
+    own = tmp_path / "mine.yaml"
+    own.write_text(runner.invoke(main, ["tune", "--model", str(tiny_model), "--show", "--yaml"]).stdout)
+    profile = tuned_for(tiny_model, max_num_seqs=7).profile
+    assert find_profile(str(own)) == profile.model_copy(update={"name": "mine"})
+    assert runner.invoke(main, ["tune", "--model", str(tiny_model), "--yaml"]).exit_code == 2
     assert "forgotten" in runner.invoke(main, ["tune", "--model", str(tiny_model), "--forget"]).output
     assert "nothing was tuned" in runner.invoke(main, ["tune", "--model", str(tiny_model), "--forget"]).output
 
@@ -343,7 +387,8 @@ def test_a_search_with_real_engines_is_saved_and_taken_by_a_run(make_job: MakeJo
     }  # fmt: skip
     job, show = make_job(engine={"kind": "vllm", "options": options, "ordering": "off"}, cluster={"kind": "local", "replicas": 1}), Silent()
     model, node = resolve_model(str(tiny_model)), node_kind(this_machine())
-    with open_journal(job, model, node, read_sample(job, model, 16, max_model_len=512), 16, False) as journal:
+    base, sample = load_profile("auto", this_machine()), read_sample(job, model, 16, max_model_len=512)
+    with open_journal(job, model, base, node, sample, 16, False) as journal:
         # The engine's own defaults take minutes to come up; here an earlier search has measured them.
         journal.add(engine_defaults(replace(SPACE, models=(model.weights_digest,))), Outcome(state="done", output_tokens_per_s=10.0))
     tuning = tune(job, budget_s=90.0, rows=16, show=show)

@@ -157,6 +157,9 @@ def test_a_setting_that_is_up_sooner_is_named_with_the_tokens_from_which_it_lose
     }
     # 20 s and 10 ms a token are 80 s and 5 ms a token after 12,000 of them.
     assert sooner_of(outcomes, start.but(enforce_eager=False)) == (start, 12_000)
+    nearly = start.but(enforce_eager=False, preload=("iomp",))
+    outcomes[nearly.key] = Outcome(state="done", output_tokens_per_s=199.0, start_s=75.0)  # is ahead for 200,000 tokens, by 5 s at most
+    assert sooner_of(outcomes, start.but(enforce_eager=False)) == (start, 12_000)
     assert sooner_of(outcomes, start) is None
 
 
@@ -210,6 +213,30 @@ def test_what_the_user_says_is_not_varied() -> None:
         plan = plan_of(setting, load_profile("auto", CPU), CPU, MODEL, {"dtype": "float16", "max_num_seqs": 7, "enforce_eager": True})
         if not setting.defaults:
             assert (plan.replicas, plan.options["dtype"], plan.options["max_num_seqs"]) == (2, "float16", 7)
+
+
+def test_where_a_run_stands_is_a_rung_of_every_ladder_however_few_the_rows() -> None:
+    few = space(CPU, rows=24)
+    assert (few.start.get("max_num_seqs"), dict(few.ladders)["max_num_seqs"]) == (128, (16, 32, 64, 128))
+    step, _ = search(few, cpu_speed)
+    assert step.best.get("max_num_seqs") == 64
+
+
+def test_options_of_a_profile_that_are_lists_are_kept_and_not_varied() -> None:
+    base = load_profile("auto", CPU)
+    base = base.model_copy(update={"options": {**base.options, "cudagraph_capture_sizes": [1, 2]}})
+    where = space_for(CPU, base, (MODEL,), options={}, rows=512, tokens_per_row=1024)
+    _, outcomes = search(where, cpu_speed)
+    assert len(outcomes) > 3
+    assert profile_of(where.start, base).options["cudagraph_capture_sizes"] == [1, 2]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_as_many_replicas_as_the_user_says_run_on_gpus_too(replicas: int) -> None:
+    base = load_profile("auto", H100)
+    where = space(H100, replace(LLAMA_70B, weights_bytes=16 * GB), replicas=replicas)
+    plan = plan_of(where.start, base, H100, LLAMA_70B_FP4, {})
+    assert (where.cuts, where.start.replicas, plan.replicas) == ((), replicas, replicas)
 
 
 def test_a_dtype_without_arithmetic_of_its_own_is_not_tried() -> None:
