@@ -45,6 +45,7 @@ from jobs.progress import Speed
 from jobs.progress import SpeedMeter
 from jobs.progress import make_display
 from jobs.runs import RunLog
+from jobs.runs import earlier_of
 from jobs.runs import keep_last_word
 from jobs.status import cancel as cancel
 from jobs.status import read_status as status
@@ -134,10 +135,12 @@ def run(
     stream: TextIO | None = None,
     taken: Taken = frozenset(),
     cluster_of: Callable[[Accepted], Cluster] | None = None,
+    since: float | None = None,
 ) -> RunResult:
     """Run a job to its end, or on from where an earlier run stopped.
 
-    A new plan leaves out what is `taken`. `cluster_of`: who makes the cluster, by default make_cluster. Ctrl-C drains, a second
+    A new plan leaves out what is `taken`. `cluster_of`: who makes the cluster, by default make_cluster. `since`: when the first driver of
+    the same command began, in Unix seconds, where this one goes on for it; the job's limits count from there. Ctrl-C drains, a second
     one stops at once (StoppedAtOnce). Raises JobError before anything starts, EngineStartError where no engine comes up,
     ForeignOutput where the output is not this job's.
     """
@@ -151,7 +154,8 @@ def run(
     try:
         with _Interrupts() as interrupts, served(job) as metrics:
             accepted = accept(job, taken=taken)
-            caps = caps_of(job.limits, profile_usd_per_hour=accepted.usd_per_hour)
+            before = earlier_of(accepted.out_uri, accepted.record.fingerprint, since) if since is not None else None
+            caps = caps_of(job.limits, profile_usd_per_hour=accepted.usd_per_hour, earlier=before)
             earlier = find_earlier(accepted)
             accepted = store(accepted)
             _say_beginning(accepted, display)

@@ -137,6 +137,16 @@ def _left_out(out_uri: str, stamp: str) -> str:
     return storage.join(folder(out_uri), f"preflight-{stamp or 'node'}.json")
 
 
+def first_began(out_uri: str, driver_job: str, stamp: str, now: float) -> float:
+    """When the first driver of a submit began, in Unix seconds: now, where this is the first one. Raises OSError."""
+    where = storage.join(folder(out_uri), f"{driver_job}-{stamp}.began.json")
+    try:
+        storage.create_once(where, json.dumps(now).encode())
+        return now
+    except FileExistsError:
+        return float(json.loads(storage.read_bytes(where)))
+
+
 def store_latest(out_uri: str, latest: Latest) -> None:
     """For `tokenmill status`, `cancel` and `logs`; that it cannot be stored stops nothing."""
     with contextlib.suppress(OSError):

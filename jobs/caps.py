@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC
 from datetime import datetime
+from datetime import timedelta
 
 from schemas.duration import parse_duration
 from schemas.errors import JobError
@@ -12,11 +13,21 @@ from schemas.job import LimitsSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Earlier:
+    """What the drivers of the same command took that died before this one."""
+
+    seconds: float = 0.0
+    """Since the first one began."""
+    node_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Caps:
     """Of one run. None is no cap."""
 
+    earlier: Earlier = Earlier()
     deadline_s: float | None = None
-    """Since the run's command."""
+    """Since the run's command, or its first driver's where that died."""
     max_usd: float | None = None
     usd_per_hour: float | None = None
     """Of one node."""
@@ -28,8 +39,9 @@ class Caps:
     def reached(self, elapsed_s: float, node_s: float, num_nodes: int, usual_unit_s: float) -> str | None:
         """Why no unit may begin any more: it would not be done within the cap, going by how long units usually take. None if it may.
 
-        `node_s` are all nodes' seconds so far, `num_nodes` are there now.
+        `node_s` are all nodes' seconds so far, `num_nodes` are there now; both without what earlier drivers took.
         """
+        elapsed_s, node_s = elapsed_s + self.earlier.seconds, node_s + self.earlier.node_s
         if self.deadline_s is not None and elapsed_s + usual_unit_s >= self.deadline_s:
             return (
                 f"limits.deadline: {elapsed_s:,.0f} s of {self.deadline_s:,.0f} s are over, and a unit takes {usual_unit_s:,.0f} s"
@@ -67,15 +79,17 @@ class NodeSeconds:
             self._most = max(self._most, num_nodes)
 
 
-def caps_of(limits: LimitsSpec, *, profile_usd_per_hour: float | None, now: datetime | None = None) -> Caps:
-    """Raises JobError where the deadline has passed or is none, or a cost is capped and no price known."""
+def caps_of(limits: LimitsSpec, *, profile_usd_per_hour: float | None, now: datetime | None = None, earlier: Earlier | None = None) -> Caps:
+    """Raises JobError where the deadline is none, or a cost is capped and no price known; where the deadline has passed only for a
+    command's first driver: one that goes on for another reaches it, as that one would have."""
     price = limits.usd_per_hour or profile_usd_per_hour
     if limits.max_cost_usd is not None and price is None:
         raise JobError(
             "limits.max_cost_usd: nobody knows what a node costs here; set limits.usd_per_hour, or engine.profile to a size with a price"
         )
-    deadline_s = _seconds_until(limits.deadline, now or datetime.now(UTC)) if limits.deadline is not None else None
-    return Caps(deadline_s=deadline_s, max_usd=limits.max_cost_usd, usd_per_hour=price)
+    before, began = earlier or Earlier(), (now or datetime.now(UTC)) - timedelta(seconds=earlier.seconds if earlier else 0.0)
+    deadline_s = _seconds_until(limits.deadline, began) if limits.deadline is not None else None
+    return Caps(earlier=before, deadline_s=deadline_s, max_usd=limits.max_cost_usd, usd_per_hour=price)
 
 
 def _seconds_until(deadline: str, now: datetime) -> float:

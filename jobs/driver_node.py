@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,8 +137,9 @@ def _run(job: JobSpec, taken: Taken, task: BatchTask, cluster_of: Callable[[Acce
         if task.stamp:
             batch_run.store_outcome(out_uri, task.job_id, task.stamp, Outcome(exit_code=exit_code, message=message))
 
+    since = batch_run.first_began(out_uri, task.job_id, task.stamp, time.time()) if task.stamp else None
     try:
-        result = api.run(job, taken=taken, cluster_of=cluster_of)
+        result = api.run(job, taken=taken, cluster_of=cluster_of, since=since)
     except TokenmillError as error:
         if error.exit_code != EXIT_UNITS_FAILED and not isinstance(error, BatchSilent):
             ended(error.exit_code, str(error))

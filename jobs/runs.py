@@ -18,6 +18,7 @@ from datetime import datetime
 from pydantic import ValidationError
 
 from jobs.accept import Accepted
+from jobs.caps import Earlier
 from jobs.driver import Driver
 from jobs.driver import Progress
 from jobs.status import STALE_AFTER_S
@@ -151,6 +152,12 @@ def read_runs(out_uri: str, fingerprint: str) -> tuple[list[RunAccount], list[st
     if last is not None and last.run not in accounts:
         accounts[last.run] = last
     return sorted(accounts.values(), key=lambda account: (account.began_at, account.run)), problems
+
+
+def earlier_of(out_uri: str, fingerprint: str, since: float) -> Earlier:
+    """What a command took before this driver of it, whose first one began then (Unix seconds). Raises OSError."""
+    runs, _ = read_runs(out_uri, fingerprint)
+    return Earlier(seconds=max(0.0, time.time() - since), node_s=sum(run.node_s or 0.0 for run in runs if run.began_at >= since))
 
 
 def _names(out_uri: str) -> set[str]:

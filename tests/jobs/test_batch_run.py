@@ -43,6 +43,12 @@ def test_the_orders_addresses_are_the_accounts_own() -> None:
     assert (order.logs_container, order.logs_path) == ("https://millstore.blob.core.windows.net/results", "night/_tokenmill/batch/logs")
 
 
+def test_a_submits_later_drivers_know_when_its_first_one_began(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert [batch_run.first_began(out, "night", "s1", now) for now in (100.0, 160.5)] == [100.0, 100.0]
+    assert batch_run.first_began(out, "night", "s2", 170.0) == 170.0
+
+
 def test_jobs_that_say_different_things_have_different_files() -> None:
     job, changed = parse_job(batch_job()), parse_job(batch_job(sampling={"max_tokens": 7}))
     assert batch_run.job_id_of(job) == batch_run.job_id_of(changed)

@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 
 from jobs.caps import Caps
+from jobs.caps import Earlier
 from jobs.caps import NodeSeconds
 from jobs.caps import caps_of
 from schemas.errors import JobError
@@ -41,6 +42,19 @@ def test_a_deadline_is_a_length_of_time_or_a_moment() -> None:
 def test_a_deadline_that_is_none_is_refused(deadline: str, message: str) -> None:
     with pytest.raises(JobError, match=message):
         made(deadline=deadline)
+
+
+def test_a_driver_that_goes_on_for_one_that_died_has_what_is_left() -> None:
+    limits = LimitsSpec(deadline="100s", max_cost_usd=10.0, usd_per_hour=36.0)
+    caps = caps_of(limits, profile_usd_per_hour=None, now=NOW, earlier=Earlier(seconds=60.0, node_s=900.0))
+    assert caps.reached(10, 40, 1, 20) is None
+    assert caps.reached(20, 40, 1, 20) == "limits.deadline: 80 s of 100 s are over, and a unit takes 20 s"
+    assert "9.75 of 10.00 USD are spent" in str(caps.reached(10, 75, 1, 25))
+    moment = LimitsSpec(deadline="2026-11-26T11:59:50Z")  # ten seconds ago, and fifty after the first one began
+    late = caps_of(moment, profile_usd_per_hour=None, now=NOW, earlier=Earlier(seconds=60.0))
+    assert late.reached(0, 0, 1, 0) == "limits.deadline: 50 s are over"
+    with pytest.raises(JobError, match="has passed"):
+        caps_of(moment, profile_usd_per_hour=None, now=NOW, earlier=Earlier(seconds=5.0))
 
 
 def test_units_stop_beginning_when_they_would_end_too_late() -> None:

@@ -21,6 +21,7 @@ from jobs.report import report
 from jobs.report import share_of_raw
 from jobs.report import statistics_of
 from jobs.report import unknown_of
+from jobs.runs import earlier_of
 from jobs.runs import keep_last_word
 from jobs.runs import read_runs
 from jobs.spread import STATISTICS
@@ -330,6 +331,18 @@ def test_two_runs_of_one_job_are_listed_in_their_order(ran: Path, make_job: Make
     assert [account.rows for account in runs] == [40, runs[1].rows]
     assert 0 < runs[1].rows < 40
     assert (left_out, runs[0].began_at < runs[1].began_at) == ([], True)
+
+
+def test_what_a_commands_earlier_drivers_took_is_theirs_alone_since_it_began(ran: Path, make_job: MakeJob) -> None:
+    fingerprint = report(str(ran)).fingerprint
+    (first,), _ = read_runs(str(ran), fingerprint)
+    took = earlier_of(str(ran), fingerprint, first.began_at)
+    assert took.node_s == first.node_s > 0
+    assert took.seconds >= first.elapsed_s
+    assert earlier_of(str(ran), fingerprint, first.ended_at).node_s == 0  # another command
+    sorted(ran.glob("part-*.parquet"))[1].unlink()
+    late = run(job(make_job, limits={"deadline": "1h"}), stream=io.StringIO(), since=time.time() - 3601)
+    assert (late.state, late.exit_code) == ("limit", 3)
 
 
 def test_each_run_says_what_its_nodes_cost_and_the_command_what_those_did_that_did_not_know(
