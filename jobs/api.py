@@ -370,6 +370,8 @@ def _say_beginning(accepted: Accepted, display: Display) -> None:
         _say_no_canary(accepted, display)
     if accepted.cut is not None and accepted.cut.found:
         display.say(accepted.cut.found)
+    if accepted.job.lengths_vary:
+        display.say(f"longest rows first, as {accepted.job.input.sampling!r} says how long they may become (engine.ordering)")
     if storage.check_can_create(accepted.out_uri) == "overwrite":
         display.say("output.commit is overwrite: of two writers of one part at the same moment the last one wins")
     for uri in accepted.changed_objects[:5]:

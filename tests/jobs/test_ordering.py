@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,13 @@ def test_an_ordering_that_there_is_not_is_refused(make_job: Callable[..., JobSpe
         make_job(engine={"ordering": "longest"})
     with pytest.raises(JobError, match=r"engine\.ordering"):
         make_job(engine={"ordering": True})
+
+
+@pytest.mark.parametrize(("ordering", "expected"), [("auto", True), ("off", False)])
+def test_a_run_says_where_longest_rows_go_first(
+    make_job: Callable[..., JobSpec], write_table: Callable[..., Path], ordering: str, expected: bool
+) -> None:
+    write_table([{"prompt": f"question {row}", "own": json.dumps({"max_tokens": 1 + row})} for row in range(4)])
+    said = io.StringIO()
+    api.run(make_job(input={"sampling": "own"}, engine={"ordering": ordering}), stream=said)
+    assert ("longest rows first, as 'own' says" in said.getvalue()) is expected
