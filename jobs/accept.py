@@ -70,18 +70,8 @@ class Accepted:
     """Planned objects that are not the same any more; their units will fail."""
     index: str | None = None
     """Where, in the output, the index of what earlier outputs have answered is; see jobs/reuse.py."""
-
-    @property
-    def usd_per_hour(self) -> float | None:
-        """Of one node: as the job says, or its profile; None where neither does.
-
-        Nodes of a cluster are of the profile that the job names, if it is one that is found here.
-        """
-        if self.job.limits.usd_per_hour or self.cut is not None:
-            return self.job.limits.usd_per_hour or (self.cut.usd_per_hour if self.cut else None)
-        with contextlib.suppress(JobError):
-            return find_profile(self.job.engine.profile).usd_per_hour
-        return None
+    usd_per_hour: float | None = None
+    """Of one node; None where neither the job nor its profile says."""
 
     @property
     def todo(self) -> list[WorkUnit]:
@@ -156,6 +146,7 @@ def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
         cut=cut,
         done=done,
         begun=stored is not None,
+        usd_per_hour=job.limits.usd_per_hour or _profile_usd_per_hour(job, cut),
         new_objects=_new_objects(job, plan, taken) if stored is not None else (),
         changed_objects=tuple(changed_since(plan)) if stored is not None else (),
     )
@@ -174,6 +165,15 @@ def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any], rows: int) -> 
         return None
     most = rows * job.sampling.n * job.sampling.max_tokens
     return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics, output_tokens=most)
+
+
+def _profile_usd_per_hour(job: JobSpec, cut: ReplicaPlan | None) -> float | None:
+    """Nodes of a cluster are of the profile that the job names, if it is one that is found here."""
+    if cut is not None:
+        return cut.usd_per_hour
+    with contextlib.suppress(JobError):
+        return find_profile(job.engine.profile).usd_per_hour
+    return None
 
 
 def _numerics(cut: ReplicaPlan | None, job: JobSpec) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -154,8 +156,10 @@ def run(
     try:
         with _Interrupts() as interrupts, served(job) as metrics:
             accepted = accept(job, taken=taken)
-            before = earlier_of(accepted.out_uri, accepted.record.fingerprint, since) if since is not None else None
-            caps = caps_of(job.limits, profile_usd_per_hour=accepted.usd_per_hour, earlier=before)
+            at = time.time() - (time.monotonic() - began)
+            before = earlier_of(accepted.out_uri, accepted.record.fingerprint, since=since, until=at) if since is not None else None
+            now = datetime.fromtimestamp(at, UTC)
+            caps = caps_of(job.limits, profile_usd_per_hour=accepted.usd_per_hour, now=now, earlier=before)
             earlier = find_earlier(accepted)
             accepted = store(accepted)
             _say_beginning(accepted, display)
@@ -370,7 +374,7 @@ def _say_beginning(accepted: Accepted, display: Display) -> None:
         _say_no_canary(accepted, display)
     if accepted.cut is not None and accepted.cut.found:
         display.say(accepted.cut.found)
-    if accepted.job.lengths_vary:
+    if accepted.todo and accepted.job.lengths_vary:
         display.say(f"longest rows first, as {accepted.job.input.sampling!r} says how long they may become (engine.ordering)")
     if storage.check_can_create(accepted.out_uri) == "overwrite":
         display.say("output.commit is overwrite: of two writers of one part at the same moment the last one wins")

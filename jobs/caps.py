@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC
 from datetime import datetime
 from datetime import timedelta
 
@@ -79,16 +78,18 @@ class NodeSeconds:
             self._most = max(self._most, num_nodes)
 
 
-def caps_of(limits: LimitsSpec, *, profile_usd_per_hour: float | None, now: datetime | None = None, earlier: Earlier | None = None) -> Caps:
-    """Raises JobError where the deadline is none, or a cost is capped and no price known; where the deadline has passed only for a
-    command's first driver: one that goes on for another reaches it, as that one would have."""
+def caps_of(limits: LimitsSpec, *, profile_usd_per_hour: float | None, now: datetime, earlier: Earlier | None = None) -> Caps:
+    """Of a driver that begins now. Raises JobError where the deadline is none, or a cost is capped and no price known.
+
+    Where the deadline has passed it does so only for a command's first driver: one that goes on for another reaches it.
+    """
     price = limits.usd_per_hour or profile_usd_per_hour
     if limits.max_cost_usd is not None and price is None:
         raise JobError(
             "limits.max_cost_usd: nobody knows what a node costs here; set limits.usd_per_hour, or engine.profile to a size with a price"
         )
-    before, began = earlier or Earlier(), (now or datetime.now(UTC)) - timedelta(seconds=earlier.seconds if earlier else 0.0)
-    deadline_s = _seconds_until(limits.deadline, began) if limits.deadline is not None else None
+    before = earlier or Earlier()
+    deadline_s = _seconds_until(limits.deadline, now - timedelta(seconds=before.seconds)) if limits.deadline is not None else None
     return Caps(earlier=before, deadline_s=deadline_s, max_usd=limits.max_cost_usd, usd_per_hour=price)
 
 

@@ -30,7 +30,7 @@ from jobs.lengths import share_of
 from jobs.lengths import unknown_output
 from jobs.reuse import context_of
 from jobs.reuse import find_answered
-from jobs.sample import read_rows
+from jobs.sample import look_at
 from pipeline.engine.engine import Request
 from pipeline.fit import MOST_NODES
 from pipeline.hardware import find_profile
@@ -81,7 +81,7 @@ def forecast(
     job, model, units = accepted.job, accepted.model, units_left(accepted)
     rows = sum(unit.num_rows for unit in units)
     # Any beginning of a sample is a sample itself, so one reading serves the lengths and the canary.
-    found = read_rows(
+    found = look_at(
         job,
         model,
         max(SAMPLE_ROWS, canary_rows or 0),
@@ -118,7 +118,9 @@ def forecast(
     sizes = sizes_for(job.engine.profile)
     ways = offers(lengths, shape, sizes, nodes=nodes, options=job.engine.options, weight_bytes=model.weights_bytes)
     if canary is not None:
-        ways.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=accepted.usd_per_hour))
+        # Of a job for a cluster the job's price is that of a node there.
+        usd_here = accepted.usd_per_hour if accepted.cut is not None else None
+        ways.insert(0, offer_here(lengths, canary, profile=report.profile, usd_per_hour=usd_here))
     return Forecast(
         lengths=lengths, tokens=tokens_of(lengths), offers=tuple(ways), canary=canary, remarks=tuple(_remarks(ways, len(sizes), nodes))
     )

@@ -33,6 +33,9 @@ from schemas.prepared import Verdict
 
 Say = Callable[[str], None]
 
+_SOURCE_CACHE = "auto"
+"""vLLM's kv_cache_dtype for the unquantised model: as its weights."""
+
 
 def ask_source(source: Model, rows: list[Row], *, max_tokens: int, say: Say) -> Measured:
     """What the unquantised model makes of the rows. Raises JobError, with the ways on where this machine does not hold it."""
@@ -49,7 +52,7 @@ def plan_source(source: Model, rows: list[Row], *, max_tokens: int, machine: Mac
     """One engine for the unquantised model."""
     try:
         # Not in fewer bits than it has: what a profile's cache of FP8 loses is part of what is judged.
-        return _plan(source, rows, max_tokens, machine, {"kv_cache_dtype": "auto"})
+        return _plan(source, rows, max_tokens, machine, {"kv_cache_dtype": _SOURCE_CACHE})
     except JobError as error:
         what = str(error).partition(";")[0]  # what follows advises to prepare the model, or to change a job
         raise JobError(
@@ -84,6 +87,7 @@ def store_baseline(uri: str, source: Model, rows: list[Row], said: Measured, *, 
         logprobs=tuple(said.logprobs),
         completions=tuple(map(tuple, said.completions)),
         dtype=said.dtype,
+        kv_cache_dtype=_SOURCE_CACHE,
         engine=said.engine,
     )
     data = made.model_dump_json().encode()
@@ -105,6 +109,7 @@ def read_baseline(uri: str, source: Model, rows: list[Row], *, max_tokens: int) 
         raise JobError(f"--baseline: {uri} is none that `tokenmill model baseline` made: {describe_validation(error)}") from None
     shown = found.rows == rows_digest(rows) and len(found.logprobs) == len(found.completions) == len(rows)
     same = {"another model": found.source == source.digests, "other rows": shown, "other --max-tokens": found.max_tokens == max_tokens}
+    same["an engine whose KV cache may have lost precision"] = found.kv_cache_dtype == _SOURCE_CACHE
     if wrong := [what for what, fits in same.items() if not fits]:
         raise JobError(
             f"--baseline: {uri} is of {', of '.join(wrong)}; give model, --table, --prompt, --reference, --rows and --max-tokens as "

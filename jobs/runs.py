@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from jobs.accept import Accepted
 from jobs.caps import Earlier
+from jobs.cluster.cluster import node_of
 from jobs.driver import Driver
 from jobs.driver import Progress
 from jobs.status import STALE_AFTER_S
@@ -154,10 +155,18 @@ def read_runs(out_uri: str, fingerprint: str) -> tuple[list[RunAccount], list[st
     return sorted(accounts.values(), key=lambda account: (account.began_at, account.run)), problems
 
 
-def earlier_of(out_uri: str, fingerprint: str, since: float) -> Earlier:
-    """What a command took before this driver of it, whose first one began then (Unix seconds). Raises OSError."""
-    runs, _ = read_runs(out_uri, fingerprint)
-    return Earlier(seconds=max(0.0, time.time() - since), node_s=sum(run.node_s or 0.0 for run in runs if run.began_at >= since))
+def earlier_of(out_uri: str, fingerprint: str, *, since: float, until: float) -> Earlier:
+    """What a command took from its first driver's begin to that of this one (Unix seconds). Raises OSError.
+
+    Nodes stay while a driver is away: those of the last run before it cost all that time.
+    """
+    runs = [run for run in read_runs(out_uri, fingerprint)[0] if run.began_at >= since]
+    begins = [*(run.began_at for run in runs[1:]), until]
+    away_s = sum(
+        max(0.0, begin - run.ended_at) * len({node_of(replica.name) for replica in run.replicas})
+        for run, begin in zip(runs, begins, strict=False)
+    )
+    return Earlier(seconds=max(0.0, until - since), node_s=away_s + sum(run.node_s or 0.0 for run in runs))
 
 
 def _names(out_uri: str) -> set[str]:

@@ -52,13 +52,13 @@ def read_sampled(
     *,
     max_model_len: int,
     seed_base: str,
-    planned: tuple[Sequence[WorkUnit], pa.Schema] | None = None,
 ) -> list[tuple[Request, Text]]:
-    """The same rows, each with the text that was tokenised; of the `planned` units alone, read by that schema, where there are some."""
-    return [row for row in read_rows(job, model, rows, max_model_len=max_model_len, seed_base=seed_base, planned=planned) if row]
+    """Those rows, each with the text that was tokenised."""
+    looked_at = look_at(job, model, rows, max_model_len=max_model_len, seed_base=seed_base)
+    return [row for row in looked_at if row][:rows]
 
 
-def read_rows(
+def look_at(
     job: JobSpec,
     model: Model,
     rows: int,
@@ -67,7 +67,10 @@ def read_rows(
     seed_base: str,
     planned: tuple[Sequence[WorkUnit], pa.Schema] | None = None,
 ) -> list[tuple[Request, Text] | None]:
-    """The same, and None for each sampled row that cannot be asked."""
+    """At least so many rows where there are as many, with None for each that cannot be asked.
+
+    Of the `planned` units alone, read by that schema, where there are some. Any beginning of them is a sample itself.
+    """
     if planned is None:
         plan, schema = make_plan(job)
         planned = plan.units, schema
@@ -86,9 +89,8 @@ def read_rows(
             text = renderer.text(prompt) if isinstance(prompt, Prompt) else prompt
             asked = (item, text) if isinstance(item, Request) and not isinstance(text, RowError) else None
             sampled.append((position, asked))
-    # Any beginning of the sample is a sample itself.
     sampled.sort(key=lambda one: hashlib.blake2b(str(one[0]).encode(), digest_size=8).digest())
-    return [row for _, row in sampled[:rows]]
+    return [row for _, row in sampled]
 
 
 def fixed(sample: Sequence[Request], lengths: Mapping[int, int]) -> list[Request]:

@@ -41,7 +41,9 @@ def open_journal(
         digest.update(json.dumps([request.position, request.token_ids, request.sampling.model_dump(mode="json", by_alias=True)]).encode())
     header = {
         "weights": model.weights_digest, "node": node, "engine": engine_package(), "sample": digest.hexdigest(), "rows": rows,
-        "profile": base.model_dump(mode="json"), "options": asked_options(job.engine), "replicas": job.cluster.replicas,
+        "profile": base.model_dump(mode="json", exclude={"description", "node"}),
+        "options": asked_options(job.engine),
+        "replicas": job.cluster.replicas,
         "version": _VERSION,
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:_KEY_CHARACTERS]

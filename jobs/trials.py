@@ -26,6 +26,7 @@ from pipeline.tuning import Outcome
 from pipeline.tuning import Setting
 from pipeline.tuning import Space
 from pipeline.tuning import agreement
+from pipeline.tuning import best_of
 from pipeline.tuning import compiles
 from pipeline.tuning import goes_on
 from pipeline.tuning import plan_of
@@ -38,8 +39,10 @@ _PROBE_ROWS = 32
 """For each replica: they tell how quick the engine is, and so how many rows make a trial."""
 _TRIAL_SHARE = 1 / 40
 """Of the budget, that the rows of one trial take at the speed that a run has now."""
-_MIN_ROWS = 64
-"""For each replica, of twice as many as run untuned: that many are tried next, and a batch that is half empty would make them look slow."""
+_MIN_ROWS = 128
+"""For each replica: twice as many are tried next, and batches that are half empty would make those look slow."""
+_MOST_SHARE = 1 / 10
+"""Of the budget, that these may take."""
 _WARM_ROWS = 4
 """For each replica."""
 _AGREE = 0.6
@@ -108,7 +111,8 @@ class Trials:
             result = replicas.run(probe, timeout_s=until - time.monotonic(), keep=True)
             generations.update(result.generations)
             per_row_s = result.elapsed_s / len(probe)
-            count = rows or max(_MIN_ROWS * 2 * plan.replicas, int(budget_s * _TRIAL_SHARE / per_row_s))
+            affordable = [int(share * budget_s / per_row_s) for share in (_TRIAL_SHARE, _MOST_SHARE)]
+            count = rows or max(affordable[0], min(_MIN_ROWS * plan.replicas, affordable[1]))
             if rest := sample[len(probe) : count]:
                 generations.update(replicas.run(rest, timeout_s=until - time.monotonic(), keep=True).generations)
             lengths = {row: max(1, max(len(choice.token_ids) for choice in made.choices)) for row, made in sorted(generations.items())}
@@ -137,11 +141,16 @@ class Trials:
                 start_s = time.monotonic() - began
                 replicas.run(warm(self._requests[: _WARM_ROWS * plan.replicas]), timeout_s=left())
                 outcome = self._run(replicas, setting, best, start_s, left)
-            if compiles(setting) and outcome.state == "done" and (not best or outcome.run_s < best[-1][0]):
+            if compiles(setting) and outcome.state == "done" and self._is_quickest(setting, outcome):
                 return replace(outcome, start_s=self._second_start_s(plan, model, left()) or outcome.start_s)
             return outcome
         except (JobError, EngineError) as error:
             return None if left() <= 0 else Outcome(state="failed", start_s=round(start_s, 2), message=_first_line(error))
+
+    def _is_quickest(self, setting: Setting, outcome: Outcome) -> bool:
+        """Of its model: what is saved for that is its quickest."""
+        best = best_of(self._journal.outcomes, setting.model)
+        return best is None or outcome.output_tokens_per_s > self._journal.outcomes[best.key].output_tokens_per_s
 
     def _second_start_s(self, plan: ReplicaPlan, model: Model, left_s: float) -> float | None:
         """With what the first one compiled, which stays in the engine's cache, as runs will start. None where the time is too short."""

@@ -69,6 +69,8 @@ class Baseline(Frozen):
     completions: tuple[tuple[int, ...], ...]
     """Greedy, token ids."""
     dtype: str
+    kv_cache_dtype: str = ""
+    """Of keys and values; empty where an earlier version, which took the profile's, did not say."""
     engine: str
 
 

@@ -80,8 +80,8 @@ def tune(
       tokenmill tune --model demo --show
       tokenmill tune --model demo --show --yaml > /mnt/share/mine.yaml
     """
-    if as_yaml and not shown:
-        raise JobError("--yaml: give it with --show")
+    if as_yaml and (as_json or not shown):
+        raise JobError("--yaml: give it with --show, and without --json")
     if shown or forget:
         _look(job_file, flags, forget=forget, as_json=as_json, as_yaml=as_yaml)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,5 @@ def test_too_few_rows_are_refused(tiny_model: Path) -> None:
     plan = ReplicaPlan(profile="simulated", replicas=1, options={})
     with pytest.raises(JobError, match="--canary: 7 rows can be asked, expected 8 at least"):
         run_canary(plan, resolve_model(str(tiny_model)), "simulated", requests(7), timeout_s=60)
+    with pytest.raises(JobError, match="--canary: 15 rows can be asked, expected 16 at least"):
+        run_canary(replace(plan, replicas=8), resolve_model(str(tiny_model)), "simulated", requests(15), timeout_s=60)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs import api
 from jobs.driver_node import BatchTask
+from jobs.driver_node import _run
 from jobs.driver_node import batch_task
 from jobs.scheduler import SchedulerSpec
 from jobs.scheduler import SchedulerThread
@@ -21,6 +23,7 @@ from pipeline import rendezvous
 from pipeline import tls
 from pipeline.eviction import ENVIRONMENT_VARIABLE
 from schemas.errors import JobError
+from schemas.job import parse_job
 from tests.commands import Command
 from tests.pipeline.test_eviction import Service
 from tests.pipeline.test_eviction import service as service
@@ -32,6 +35,21 @@ def test_a_task_of_batch_is_known_by_its_environment() -> None:
     assert found == BatchTask(batch_id="night-1:job-7", stamp="20261126T160000Z")
     assert found is not None
     assert found.job_id == "night-1-job-7"
+
+
+def test_a_driver_that_batch_starts_again_counts_from_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def died(*_: Any, since: float, **__: Any) -> None:
+        counted.append(since)
+        raise OSError("the machine went away")
+
+    monkeypatch.setattr(api, "run", died)
+    job = parse_job({"model": "m", "input": {"uri": "in", "prompt": "p"}, "output": {"uri": str(tmp_path / "out")}})
+    for stamp in ("first", "first", "second"):
+        with pytest.raises(OSError, match="went away"):
+            _run(job, frozenset(), BatchTask(batch_id="night", stamp=stamp), api.make_cluster)
+    assert counted[0] == counted[1] < counted[2]
 
 
 @pytest.fixture

@@ -240,6 +240,12 @@ def test_an_estimate_is_of_the_units_that_are_not_committed(make_job: MakeJob, w
     assert rest.tokens.output.value == whole.tokens.output.value * 64 / 160
 
 
+def test_a_node_is_cut_by_what_the_checkpoints_files_hold() -> None:
+    shape, size = known_shape("llama-3.1-70b"), [size for size in known_sizes() if size.name == "nd96isr-h100-v5"]
+    (whole,), (four_bits,) = (offers(LENGTHS, shape, size, nodes=(1,), weight_bytes=weights) for weights in (None, 40e9))
+    assert four_bits.devices_per_replica < whole.devices_per_replica
+
+
 def test_rows_that_cannot_be_asked_cost_no_tokens(make_job: MakeJob, write_table: WriteTable, tmp_path: Path) -> None:
     write_table([{"prompt": None if row % 4 == 0 else f"question {row}"} for row in range(160)])
     job = make_job()

@@ -60,6 +60,14 @@ def test_what_a_larger_node_wrote_down_is_read_as_it_was_said(source: Model, tmp
         store_baseline(uri, source, ROWS, replace(SAID, dtype="float32"), max_tokens=8)
 
 
+def test_what_an_earlier_version_wrote_down_with_a_cache_of_fp8_is_refused(source: Model, tmp_path: Path) -> None:
+    uri = tmp_path / "baseline.json"
+    store_baseline(str(uri), source, ROWS, SAID, max_tokens=8)
+    uri.write_text(uri.read_text().replace('"kv_cache_dtype":"auto",', ""))
+    with pytest.raises(JobError, match=r"of an engine whose KV cache may have lost precision; give"):
+        read_baseline(str(uri), source, ROWS, max_tokens=8)
+
+
 @pytest.mark.parametrize(
     ("rows", "max_tokens", "change", "words"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def test_run_and_plan_find_the_device_beside_the_profile(make_job: MakeJob, tmp_
 def test_a_node_costs_what_its_own_file_says(make_job: MakeJob, tmp_path: Path, name: str) -> None:
     job = vllm_job(make_job, own_size(tmp_path, name), limits={"max_cost_usd": 10.0})
     assert accept(job).usd_per_hour == 7.0
-    assert caps_of(job.limits, profile_usd_per_hour=accept(job).usd_per_hour).usd_per_hour == 7.0
+    assert caps_of(job.limits, profile_usd_per_hour=accept(job).usd_per_hour, now=datetime.now(UTC)).usd_per_hour == 7.0
 
 
 def test_a_clusters_nodes_cost_what_the_jobs_profile_says(make_job: MakeJob, tmp_path: Path) -> None:

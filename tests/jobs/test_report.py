@@ -336,10 +336,11 @@ def test_two_runs_of_one_job_are_listed_in_their_order(ran: Path, make_job: Make
 def test_what_a_commands_earlier_drivers_took_is_theirs_alone_since_it_began(ran: Path, make_job: MakeJob) -> None:
     fingerprint = report(str(ran)).fingerprint
     (first,), _ = read_runs(str(ran), fingerprint)
-    took = earlier_of(str(ran), fingerprint, first.began_at)
-    assert took.node_s == first.node_s > 0
-    assert took.seconds >= first.elapsed_s
-    assert earlier_of(str(ran), fingerprint, first.ended_at).node_s == 0  # another command
+    took = earlier_of(str(ran), fingerprint, since=first.began_at, until=first.ended_at + 60)
+    assert first.node_s is not None
+    assert took.node_s == pytest.approx(first.node_s + 60)  # its one node stayed
+    assert took.seconds == pytest.approx(first.elapsed_s + 60, abs=0.5)
+    assert earlier_of(str(ran), fingerprint, since=first.ended_at, until=first.ended_at + 60).node_s == 0  # another command
     sorted(ran.glob("part-*.parquet"))[1].unlink()
     late = run(job(make_job, limits={"deadline": "1h"}), stream=io.StringIO(), since=time.time() - 3601)
     assert (late.state, late.exit_code) == ("limit", 3)

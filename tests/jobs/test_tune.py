@@ -22,7 +22,7 @@ from jobs.bench.rows import accept_for_bench
 from jobs.cli import main
 from jobs.plan import make_plan
 from jobs.sample import fixed
-from jobs.sample import read_rows
+from jobs.sample import look_at
 from jobs.sample import read_sample
 from jobs.sample import warm
 from jobs.trial_journal import Journal
@@ -225,7 +225,7 @@ def test_small_units_at_a_tables_end_do_not_count_for_more(make_job: MakeJob, wr
         WorkUnit(index=index, ranges=(replace(first, row_start=start, row_stop=stop, position=start),))
         for index, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
-    sample = read_rows(job, resolve_model(str(tiny_model)), 96, max_model_len=512, seed_base="", planned=(units, schema))
+    sample = look_at(job, resolve_model(str(tiny_model)), 96, max_model_len=512, seed_base="", planned=(units, schema))
     positions = [one[0].position for one in sample if one]
     assert 25 <= sum(position >= 2000 for position in positions) <= 40
     assert 25 <= sum(position < 1000 for position in positions) <= 40

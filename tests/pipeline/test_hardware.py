@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from pipeline.hardware import device_names
 from pipeline.hardware import device_of
@@ -54,6 +55,13 @@ def test_blackwell_nodes_are_arm_and_doubtful_in_azure_batch() -> None:
     said = {size.node.vm_size: (size.node.architecture, size.node.batch) for size in known_sizes() if size.node}
     assert said["Standard_ND128isr_GB300_v6"] == ("aarch64", "doubtful")
     assert said["Standard_ND96isr_H100_v5"] == ("x86_64", "confirmed")
+
+
+def test_a_device_must_say_how_fast_bf16_is() -> None:
+    values = load_device("h100-80").model_dump()
+    del values["gemm_tflops"]["bf16"]
+    with pytest.raises(ValidationError, match="gemm_tflops: bf16 is missing"):
+        Device.model_validate(values)
 
 
 def test_a_measured_rate_goes_before_a_share_of_the_peak() -> None:

@@ -207,7 +207,7 @@ def test_what_the_user_says_is_not_varied() -> None:
     fixed = space(CPU, options={"dtype": "float16", "max_num_seqs": 7, "enforce_eager": True}, replicas=2)
     assert (fixed.dtypes, fixed.cuts, fixed.start.replicas) == ((), (), 2)
     assert "max_num_seqs" not in dict(fixed.ladders)
-    assert all("enforce_eager" not in change for change in fixed.rest)
+    assert all("enforce_eager" not in change for change in (*fixed.changes, *fixed.rest))
     _, outcomes = search(fixed, lambda setting: 100.0)
     for setting in map(parse_key, outcomes):
         plan = plan_of(setting, load_profile("auto", CPU), CPU, MODEL, {"dtype": "float16", "max_num_seqs": 7, "enforce_eager": True})
