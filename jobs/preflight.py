@@ -25,12 +25,15 @@ from jobs.preflight_judge import to_leave_out
 from pipeline import preflight as node_part
 from pipeline import storage
 from pipeline import tls
+from pipeline.fit import kv_width_bytes
+from pipeline.fit import span_of
 from pipeline.hardware import device_of
 from pipeline.hardware import find_profile
 from pipeline.hardware import known_sizes
 from pipeline.hardware import profile_of_gpus
 from pipeline.model import resolve_model
 from pipeline.preflight import limit_s
+from pipeline.preflight_shapes import part_of
 from pipeline.shape import Shape
 from pipeline.shape import known_shape
 from pipeline.shape import read_shape
@@ -197,8 +200,9 @@ def preflight(spec: PreflightSpec, say: Say) -> PreflightResult:
         answers: dict[str, list[Answer]] = {name: [] for name in nodes.names}
         failures: dict[str, list[Failure]] = {name: [] for name in nodes.names}
         known = {name: found for name, found in facts.items() if isinstance(found, NodeFacts)}
+        profiles = {name: asked or profile_of(found) for name, found in known.items()}
         for pillar in spec.pillars:
-            orders = _orders(spec, pillar, known, shape, nodes)
+            orders = _orders(spec, pillar, known, profiles, shape, nodes)
             if not orders:
                 continue
             seconds = next(iter(orders.values())).seconds
@@ -209,7 +213,6 @@ def preflight(spec: PreflightSpec, say: Say) -> PreflightResult:
                     failures[name].append(Failure(pillar=pillar, reason=answer))
                 else:
                     answers[name].append(Answer.model_validate(answer))
-    profiles = {name: asked or profile_of(found) for name, found in known.items()}
     reports = [
         NodeReport(
             name=name,
@@ -307,7 +310,32 @@ def _own_shape(job: PreflightJob) -> Shape:
     return read_shape(folder if (folder / "config.json").is_file() else resolve_model(str(job.model)).path)
 
 
-def _orders(spec: PreflightSpec, pillar: Pillar, facts: Mapping[str, NodeFacts], shape: Shape | None, nodes: Nodes) -> dict[str, Order]:
+def width_of(shape: Shape, profile: Profile | None, options: Mapping[str, Any]) -> int:
+    """Devices of such a node that a replica takes, as a run cuts it; 1 where nobody has described the node. Raises JobError."""
+    device = device_of(profile) if profile is not None else None
+    if profile is None or profile.node is None or device is None:
+        return 1
+    asked = {**profile.options, **options}
+    width_bytes = kv_width_bytes(asked, str(asked.get("dtype", profile.dtype)))
+    span = span_of(
+        asked,
+        weight_bytes=shape.weight_bytes(shape.precision),
+        kv_bytes_per_token=shape.kv_bytes_per_token(width_bytes),
+        memory_bytes=device.memory_bytes,
+        most=profile.node.devices,
+        context=shape.max_position_embeddings,
+    )
+    return min(span.devices, profile.node.devices) if span is not None else profile.node.devices
+
+
+def _orders(
+    spec: PreflightSpec,
+    pillar: Pillar,
+    facts: Mapping[str, NodeFacts],
+    profiles: Mapping[str, Profile | None],
+    shape: Shape | None,
+    nodes: Nodes,
+) -> dict[str, Order]:
     devices = {name: found.gpus or ("cpu",) for name, found in facts.items()}
     worlds: dict[str, World] = {}
     if pillar == "network" and facts:
@@ -319,12 +347,13 @@ def _orders(spec: PreflightSpec, pillar: Pillar, facts: Mapping[str, NodeFacts],
     for name, found in facts.items():
         prefill_rows, decode_rows = _ROWS[bool(found.gpus)]
         usual = known_shape(_GPU_MODEL) if found.gpus else _CPU_SHAPE
+        whole = shape or (Shape(**found.shape) if found.shape else usual)
         orders[name] = Order(
             pillar=pillar,
             seconds=spec.seconds * _SHARES[pillar],
             devices=devices[name],
             core_ids=found.core_ids,
-            shape=asdict(shape) if shape else found.shape or asdict(usual),
+            shape=asdict(part_of(whole, width_of(whole, profiles[name], spec.job.engine.options))),
             prefill_rows=prefill_rows,
             decode_rows=decode_rows,
             precisions=precisions_of(found),

@@ -28,7 +28,7 @@ from schemas.preflight import Order
 from schemas.preflight import World
 
 _SIZES = {"cpu": (64 << 10, 1 << 20, 16 << 20), "cuda": (1 << 20, 32 << 20, 512 << 20)}
-_PAIR_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+_PAIR_SIZES = {"cpu": (64 << 10, 1 << 20, 16 << 20), "cuda": (1 << 20, 32 << 20, 256 << 20)}
 _MAX_ROUNDS = 4
 """Of pairs: a node that is slow with all of four partners is slow itself."""
 _MAX_CALLS = 200
@@ -110,24 +110,26 @@ def _pairs(order: Order, world: World, rank: int, device: torch.device, label: s
     others = partners(world.places, rank, most=_MAX_ROUNDS)
     if not others:
         return []
-    size = min(_PAIR_BYTES[device.type], free // 2)
-    sent, received = torch.ones(size // 4, device=device), torch.empty(size // 4, device=device)
-    rates: dict[int, float] = {}
-    for other in others:
-        seconds = _pair_seconds(sent, received, other, device, order.seconds / 2 / len(others))
-        if other is not None:
-            rates[other] = size / seconds / GB
-    if not rates:
-        return []
-    whom = ", ".join(f"{rate:.2f} with process {other}" for other, rate in rates.items())
     across = len(set(world.places)) > 1
     group = "node to node" if across else "process to process"
-    return [
-        Measurement(
-            pillar="network", group=group, name=f"{group} {_size(size)}", device=label, value=max(rates.values()), unit="GB/s",
-            rate="link" if across else None, detail=f"each way at once; {whom}",
-        )
-    ]  # fmt: skip
+    sizes = [size for size in _PAIR_SIZES[device.type] if 2 * size <= free]
+    measured = []
+    for size in sizes:
+        sent, received = torch.ones(size // 4, device=device), torch.empty(size // 4, device=device)
+        rates: dict[int, float] = {}
+        for other in others:
+            seconds = _pair_seconds(sent, received, other, device, order.seconds / 2 / len(sizes) / len(others))
+            if other is not None:
+                rates[other] = size / seconds / GB
+        if rates:
+            whom = ", ".join(f"{rate:.2f} with process {other}" for other, rate in rates.items())
+            measured.append(
+                Measurement(
+                    pillar="network", group=group, name=f"{group} {_size(size)}", device=label, value=max(rates.values()), unit="GB/s",
+                    rate="link" if across and size == sizes[-1] else None, detail=f"each way at once; {whom}",
+                )
+            )  # fmt: skip
+    return measured
 
 
 def _pair_seconds(sent: torch.Tensor, received: torch.Tensor, other: int | None, device: torch.device, slice_s: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 
 from pipeline.shape import Shape
 
@@ -30,6 +31,17 @@ class Gemm:
 def squares(*, on_gpu: bool) -> list[Gemm]:
     """Whose best rate is the ceiling. Azure's guide takes 8192 as well, and 16384, for which an idle engine leaves no memory."""
     return [Gemm(name=f"{size}³", rows=size, columns=size, inner=size) for size in ((4096, 8192) if on_gpu else (1024, 2048))]
+
+
+def part_of(shape: Shape, devices: int) -> Shape:
+    """What one of a replica's devices computes of each layer: heads and intermediate columns are shared, the hidden state is not."""
+    return replace(
+        shape,
+        heads=max(1, shape.heads // devices),
+        kv_heads=max(1, shape.kv_heads // devices),
+        intermediate=max(1, shape.intermediate // devices),
+        vocab=-(-shape.vocab // devices),
+    )
 
 
 def layer_gemms(shape: Shape, *, prefill_rows: int, decode_rows: int) -> list[Gemm]:

@@ -22,10 +22,12 @@ from jobs.preflight import precisions_of
 from jobs.preflight import preflight
 from jobs.preflight import profile_of
 from jobs.preflight import sentence
+from jobs.preflight import width_of
 from jobs.preflight import without_slow_nodes
 from jobs.preflight import world_of
 from jobs.preflight_table import figures
 from jobs.preflight_table import machines
+from pipeline.hardware import find_profile
 from pipeline.shape import known_shape
 from schemas.errors import JobError
 from schemas.job import ClusterSpec
@@ -180,6 +182,15 @@ def test_precisions_are_those_that_the_device_can_be_expected_to_have() -> None:
     assert precisions_of(facts(architecture="aarch64")) == ("float32", "bf16")
     assert precisions_of(facts(gpus=("0",), gpu_name="NVIDIA GB300 and B300")) == ("bf16", "fp8", "int8", "nvfp4")
     assert precisions_of(facts(gpus=("0",), gpu_name="AMD Instinct MI300X")) == ("bf16", "fp8", "int8")
+
+
+def test_gemms_are_of_one_device_of_a_replica_as_a_run_cuts_it() -> None:
+    h100, large = find_profile("nd96isr-h100-v5"), known_shape("llama-3.1-70b")
+    assert width_of(large, h100, {}) == 4
+    assert width_of(large, h100, {"tensor_parallel_size": 8}) == 8
+    assert width_of(known_shape("llama-3.1-8b"), h100, {}) == 1
+    assert width_of(known_shape("llama-3.1-405b"), h100, {}) == 8  # of each of two nodes
+    assert width_of(large, None, {}) == width_of(large, find_profile("local-cpu"), {}) == 1
 
 
 def test_the_profile_is_of_the_size_that_azure_says_else_of_the_gpus_else_none() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.preflight_shapes import attentions
 from pipeline.preflight_shapes import layer_gemms
+from pipeline.preflight_shapes import part_of
 from pipeline.preflight_shapes import partners
 from pipeline.preflight_shapes import rounds
 from pipeline.shape import known_shape
@@ -25,6 +26,14 @@ def test_the_gemms_are_those_of_the_models_own_layers() -> None:
         "down, decode": (64, 14336, 4096),
         "output layer": (64, 4096, 128256),
     }
+
+
+def test_devices_of_a_replica_share_every_matrix() -> None:
+    shape = known_shape("llama-3.1-70b")
+    whole, part = ({gemm.name: gemm for gemm in layer_gemms(one, prefill_rows=512, decode_rows=64)} for one in (shape, part_of(shape, 4)))
+    assert {name: gemm.flops / part[name].flops for name, gemm in whole.items()} == dict.fromkeys(whole, 4)
+    assert (part["o, decode"].inner, part["o, decode"].columns) == (2048, 8192)
+    assert part_of(shape, 16).kv_heads == 1  # each is computed twice
 
 
 def test_they_hold_every_weight_of_a_layer_once() -> None:
