@@ -51,6 +51,7 @@ from schemas.errors import EngineStartError
 from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.profile import Profile
+from schemas.tuned import Sooner
 from schemas.tuned import Tuned
 
 _MAX_CPU_ROWS, _MAX_GPU_ROWS = 2048, 16_384
@@ -204,14 +205,12 @@ def _conclude(
         setting = best if digest == best.model else best_of(outcomes, digest)
         if setting is None:
             continue
-        sooner = sooner_of(outcomes, setting)
         tuned = Tuned(
             weights=digest,
             node=node_kind(machine),
             engine=engine_package(),
             profile=profile_of(setting, base),
-            quick=profile_of(sooner[0], base) if sooner else None,
-            quick_below_tokens=sooner[1] if sooner else 0,
+            sooner=tuple(Sooner(profile=profile_of(one, base), below_tokens=below) for one, below in sooner_of(outcomes, setting)),
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
             rows=rows,
             output_tokens_per_s=outcomes[setting.key].output_tokens_per_s,

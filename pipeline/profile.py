@@ -202,7 +202,8 @@ def cut_machine(
     if tuned is None:
         profile = load_profile(engine.profile, machine)
         return plan_replicas(profile, machine, model, replicas=replicas, options=options, most_nodes=most_nodes)
-    quick = tuned.quick if output_tokens is not None and output_tokens < tuned.quick_below_tokens else None
+    small = (one.profile for one in tuned.sooner if output_tokens is not None and output_tokens < one.below_tokens)
+    quick = next(small, None)
     plan = plan_replicas(quick or tuned.profile, machine, model, replicas=replicas, options=options, most_nodes=most_nodes)
     origin = _where_from(tuned) + (", with those that are up sooner, for a small job" if quick else "")
     return replace(plan, found="; ".join(filter(None, (origin, plan.found))))

@@ -170,23 +170,30 @@ def best_of(outcomes: Mapping[str, Outcome], model: str) -> Setting | None:
     return parse_key(max(found)[1]) if found else None
 
 
-def sooner_of(outcomes: Mapping[str, Outcome], best: Setting) -> tuple[Setting, int] | None:
-    """The quickest setting that is up sooner than the best, and the output tokens from which the best one is done first, if any.
+def sooner_of(outcomes: Mapping[str, Outcome], best: Setting) -> list[tuple[Setting, int]]:
+    """Settings that are up sooner than the best, each with the output tokens below which it is done first, for the smallest jobs first.
 
     In the same dtype, which decides a job's output.
     """
-    top = outcomes[best.key]
-    found = []
-    for key, outcome in outcomes.items():
-        setting = parse_key(key)
+
+    def line(key: str) -> tuple[float, float, str]:
+        """Seconds of a start, and of a token."""
+        return outcomes[key].start_s, 1 / outcomes[key].output_tokens_per_s, key
+
+    def alike(key: str) -> bool:
+        setting, outcome = parse_key(key), outcomes[key]
         same = setting.model == best.model and setting.get("dtype") == best.get("dtype") and not setting.defaults
-        sooner = outcome.start_s < _SOONER * top.start_s
-        if outcome.state == "done" and same and sooner and outcome.output_tokens_per_s < top.output_tokens_per_s:
-            slower_s = 1 / outcome.output_tokens_per_s - 1 / top.output_tokens_per_s
-            found.append((round((top.start_s - outcome.start_s) / slower_s), key))
-    # The one that stays ahead longest: settings that differ by noise alone break even within a few rows of each other.
-    tokens, key = max(found, default=(0, ""))
-    return (parse_key(key), tokens) if tokens else None
+        return same and outcome.state == "done" and outcome.start_s < _SOONER * outcomes[best.key].start_s
+
+    top = line(best.key)
+    lines = [one for one in map(line, filter(alike, outcomes)) if one[1] > top[1]]
+    now, found = min([*lines, top]), []
+    while now != top:
+        # The quicker one that catches up first.
+        tokens, after = min(((one[0] - now[0]) / (now[1] - one[1]), one) for one in [*lines, top] if one[1] < now[1])
+        found.append((parse_key(now[2]), round(tokens)))
+        now = after
+    return found
 
 
 def parse_key(key: str) -> Setting:

@@ -13,6 +13,14 @@ from schemas.profile import Profile
 from schemas.sampling import Frozen
 
 
+class Sooner(Frozen):
+    """Settings that generate more slowly and are up sooner, for small jobs."""
+
+    profile: Profile
+    below_tokens: int = Field(ge=0)
+    """Output tokens below which they are done first, their start included."""
+
+
 class Tuned(Frozen):
     """A profile with where it comes from."""
 
@@ -23,10 +31,8 @@ class Tuned(Frozen):
     engine: str
     """Package and version of the engine that it was found with; no other takes it."""
     profile: Profile
-    quick: Profile | None = None
-    """One that generates more slowly and is up sooner, for small jobs."""
-    quick_below_tokens: int = Field(default=0, ge=0)
-    """Output tokens below which that one is done first, its start included."""
+    sooner: tuple[Sooner, ...] = ()
+    """For small jobs, those for the smallest first."""
     made_at: str
     rows: int = Field(ge=1)
     """Rows of the table that every trial ran."""
@@ -48,6 +54,16 @@ class Tuned(Frozen):
     def from_json(cls, data: bytes, where: str) -> Tuned:
         """Raises JobError saying where it lies."""
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate_json(_of_now(data))
         except ValidationError as error:
             raise JobError(f"{where}: {describe_validation(error)}; remove it, or run `tokenmill tune` again") from None
+
+
+def _of_now(data: bytes) -> bytes:
+    """An earlier version knew one profile for small jobs, under two names of its own."""
+    try:
+        values = json.loads(data)
+        quick, tokens = values.pop("quick"), values.pop("quick_below_tokens")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return data
+    return json.dumps({**values, "sooner": [{"profile": quick, "below_tokens": tokens}] if quick else []}).encode()

@@ -52,6 +52,7 @@ from schemas.errors import JobError
 from schemas.job import JobSpec
 from schemas.profile import Profile
 from schemas.sampling import Sampling
+from schemas.tuned import Sooner
 from schemas.tuned import Tuned
 from schemas.unit import WorkUnit
 
@@ -326,7 +327,7 @@ def test_a_benchmark_of_few_rows_measures_what_was_tuned_and_not_what_is_up_soon
     write_table(table(8))
     tuned = tuned_for(tiny_model, max_num_seqs=7)
     quick = tuned.profile.model_copy(update={"max_num_seqs": 5})
-    save_tuned(tuned.model_copy(update={"quick": quick, "quick_below_tokens": 1_000_000}))
+    save_tuned(tuned.model_copy(update={"sooner": (Sooner(profile=quick, below_tokens=1_000_000),)}))
     job = vllm_job(make_job)
     cuts = [accept(job).cut, accept_for_bench(job, tmp_path / "whole").cut, accept_for_bench(job, tmp_path / "some", 4).cut]
     assert [cut and cut.options["max_num_seqs"] for cut in cuts] == [5, 7, 7]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.tuned import save_tuned
 from pipeline.tuned import tuned_path
 from schemas.errors import JobError
 from schemas.job import EngineSpec
+from schemas.tuned import Sooner
 from schemas.tuned import Tuned
 
 
@@ -88,11 +90,21 @@ def test_a_small_job_takes_what_is_up_sooner(tiny_model: Path, monkeypatch: pyte
     model, machine = resolve_model(str(tiny_model)), replace(this_machine(), num_gpus=0)
     monkeypatch.setattr("pipeline.profile.this_machine", lambda: machine)
     tuned = make(model.weights_digest, node_kind(machine))
-    quick = tuned.profile.model_copy(update={"max_num_seqs": 9})
-    save_tuned(tuned.model_copy(update={"quick": quick, "quick_below_tokens": 1000}))
-    small, large, unknown = (cut_machine(EngineSpec(), model, replicas=None, output_tokens=tokens) for tokens in (999, 1000, None))
-    assert [cut.options["max_num_seqs"] for cut in (small, large, unknown)] == [9, 17, 17]
-    assert small.found.endswith("up sooner, for a small job")
+    sooner = [(9, 1000), (11, 5000)]
+    profiles = [Sooner(profile=tuned.profile.model_copy(update={"max_num_seqs": seqs}), below_tokens=below) for seqs, below in sooner]
+    save_tuned(tuned.model_copy(update={"sooner": tuple(profiles)}))
+    cuts = [cut_machine(EngineSpec(), model, replicas=None, output_tokens=tokens) for tokens in (999, 1000, 4999, 5000, None)]
+    assert [cut.options["max_num_seqs"] for cut in cuts] == [9, 11, 11, 17, 17]
+    assert cuts[0].found.endswith("up sooner, for a small job")
+
+
+def test_what_an_earlier_version_stored_for_small_jobs_is_understood() -> None:
+    tuned = make("a" * 64, "2-cores")
+    sooner = Sooner(profile=tuned.profile.model_copy(update={"max_num_seqs": 9}), below_tokens=1000)
+    old = tuned.model_dump(mode="json", exclude={"sooner"})
+    for quick, expected in ((sooner.profile.model_dump(mode="json"), (sooner,)), (None, ())):
+        data = json.dumps({**old, "quick": quick, "quick_below_tokens": 1000}).encode()
+        assert Tuned.from_json(data, "there") == tuned.model_copy(update={"sooner": expected})
 
 
 def test_what_the_job_says_wins_over_what_was_tuned(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

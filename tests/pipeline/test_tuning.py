@@ -156,11 +156,29 @@ def test_a_setting_that_is_up_sooner_is_named_with_the_tokens_from_which_it_lose
         start.but(max_num_seqs=9).key: Outcome(state="stopped", output_tokens_per_s=150.0, start_s=1.0),
     }
     # 20 s and 10 ms a token are 80 s and 5 ms a token after 12,000 of them.
-    assert sooner_of(outcomes, start.but(enforce_eager=False)) == (start, 12_000)
+    assert sooner_of(outcomes, start.but(enforce_eager=False)) == [(start, 12_000)]
     nearly = start.but(enforce_eager=False, preload=("iomp",))
     outcomes[nearly.key] = Outcome(state="done", output_tokens_per_s=199.0, start_s=75.0)  # is ahead for 200,000 tokens, by 5 s at most
-    assert sooner_of(outcomes, start.but(enforce_eager=False)) == (start, 12_000)
-    assert sooner_of(outcomes, start) is None
+    assert sooner_of(outcomes, start.but(enforce_eager=False)) == [(start, 12_000)]
+    assert sooner_of(outcomes, start) == []
+
+
+def test_each_size_of_a_small_job_has_the_setting_that_is_done_first() -> None:
+    start = space().start
+    two, compiled = start.but(replicas=2), start.but(replicas=2, enforce_eager=False)
+    outcomes = {  # as measured on two cores
+        start.key: Outcome(state="done", output_tokens_per_s=719.4, start_s=16.7),
+        two.key: Outcome(state="done", output_tokens_per_s=804.6, start_s=38.6),
+        compiled.key: Outcome(state="done", output_tokens_per_s=894.9, start_s=70.7),
+    }
+    found = sooner_of(outcomes, compiled)
+    assert [setting for setting, _ in found] == [start, two]
+
+    def quickest(tokens: int) -> str:
+        return min(outcomes, key=lambda key: outcomes[key].start_s + tokens / outcomes[key].output_tokens_per_s)
+
+    for (setting, below), (after, _) in zip(found, [*found[1:], (compiled, 0)], strict=True):
+        assert (quickest(below - 100), quickest(below + 100)) == (setting.key, after.key)
 
 
 def test_the_expected_time_counts_starts_replicas_and_compiling() -> None:
