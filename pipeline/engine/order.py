@@ -12,8 +12,8 @@ from collections import deque
 
 from pipeline.engine.engine import Request
 
-_PREFIX_TOKENS = 128
-"""Rows whose first tokens are the same share work in a prefix cache."""
+_DEPTHS = (128, 512, 2048)
+"""Rows whose first so many tokens are the same share work in a prefix cache: all have a system prompt, some of them a document too."""
 
 
 class Shelf:
@@ -23,8 +23,8 @@ class Shelf:
         self._patience_rows = patience_rows
         self._requests: dict[int, tuple[int, Request]] = {}
         self._arrivals: deque[tuple[int, int]] = deque()
-        self._sorted: list[tuple[int, int, int, int]] = []  # (-length, first arrival of the prefix, arrival, key): a heap
-        self._prefixes: dict[int, tuple[int, int]] = {}  # hash of a prefix: its first arrival, rows that wait
+        self._sorted: list[tuple[int, ...]] = []  # (-length, first arrival of the prefix at each depth, arrival, key): a heap
+        self._prefixes: dict[tuple[int, int], tuple[int, int]] = {}  # depth and hash of a prefix: its first arrival, rows that wait
         self._next = itertools.count()
         self._taken = 0
 
@@ -36,11 +36,14 @@ class Shelf:
 
     def put(self, key: int, request: Request) -> None:
         arrival = next(self._next)
-        first, rows = self._prefixes.get(prefix := _prefix(request), (arrival, 0))
-        self._prefixes[prefix] = (first, rows + 1)
+        firsts = []
+        for prefix in _prefixes(request):
+            first, rows = self._prefixes.get(prefix, (arrival, 0))
+            self._prefixes[prefix] = (first, rows + 1)
+            firsts.append(first)
         self._requests[key] = (arrival, request)
         self._arrivals.append((arrival, key))
-        heapq.heappush(self._sorted, (-_may_become(request), first, arrival, key))
+        heapq.heappush(self._sorted, (-_may_become(request), *firsts, arrival, key))
 
     def take(self) -> tuple[int, Request]:
         """The next row. Raises IndexError where none waits."""
@@ -59,9 +62,10 @@ class Shelf:
     def remove(self, key: int) -> Request:
         """Take a certain row away."""
         _, request = self._requests.pop(key)
-        first, rows = self._prefixes.pop(prefix := _prefix(request))
-        if rows > 1:
-            self._prefixes[prefix] = (first, rows - 1)
+        for prefix in _prefixes(request):
+            first, rows = self._prefixes.pop(prefix)
+            if rows > 1:
+                self._prefixes[prefix] = (first, rows - 1)
         return request
 
     def _waits(self, arrival: int, key: int) -> bool:
@@ -73,5 +77,5 @@ def _may_become(request: Request) -> int:
     return request.sampling.max_tokens - len(request.begun)
 
 
-def _prefix(request: Request) -> int:
-    return hash(tuple(request.token_ids[:_PREFIX_TOKENS]))
+def _prefixes(request: Request) -> list[tuple[int, int]]:
+    return [(depth, hash(tuple(request.token_ids[:depth]))) for depth in _DEPTHS]

@@ -44,6 +44,12 @@ def test_rows_that_begin_alike_stay_together() -> None:
     assert taken(shelf) == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
+def test_among_rows_with_one_system_prompt_those_about_one_document_stay_together() -> None:
+    system, documents = list(range(200)), [[document] * 400 for document in (7, 8)]
+    shelf = shelf_of(*(request(8, system + documents[key % 2] + [key]) for key in range(8)), request(8, [5] * 200))
+    assert taken(shelf) == [0, 2, 4, 6, 1, 3, 5, 7, 8]
+
+
 def test_a_row_that_is_overtaken_again_and_again_has_its_turn() -> None:
     shelf = shelf_of(request(1), patience_rows=10)
     turns = []
