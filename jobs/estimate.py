@@ -14,8 +14,8 @@ from jobs.lengths import Lengths
 from jobs.lengths import Mean
 from pipeline.fit import LIVE_TOKENS
 from pipeline.fit import Span
+from pipeline.fit import foreseen_span
 from pipeline.fit import kv_width_bytes
-from pipeline.fit import span_of
 from pipeline.fit import whole
 from pipeline.hardware import device_of
 from pipeline.roofline import Speed
@@ -212,14 +212,7 @@ def _replica(
             weight_bytes=weight_bytes,
         )
 
-    taken = span_of(
-        asked,
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=shape.kv_bytes_per_token(width_bytes),
-        memory_bytes=device.memory_bytes,
-        most=most,
-        context=shape.max_position_embeddings,
-    )
+    taken = foreseen_span(profile, device, shape, options, weight_bytes=weight_bytes)
     speed = speed_of(taken) if taken is not None and taken.devices <= most else None
     if speed is None or taken is None:
         return None

@@ -25,8 +25,7 @@ from jobs.preflight_judge import to_leave_out
 from pipeline import preflight as node_part
 from pipeline import storage
 from pipeline import tls
-from pipeline.fit import kv_width_bytes
-from pipeline.fit import span_of
+from pipeline.fit import foreseen_span
 from pipeline.hardware import device_of
 from pipeline.hardware import find_profile
 from pipeline.hardware import known_sizes
@@ -315,16 +314,7 @@ def width_of(shape: Shape, profile: Profile | None, options: Mapping[str, Any]) 
     device = device_of(profile) if profile is not None else None
     if profile is None or profile.node is None or device is None:
         return 1
-    asked = {**profile.options, **options}
-    width_bytes = kv_width_bytes(asked, str(asked.get("dtype", profile.dtype)))
-    span = span_of(
-        asked,
-        weight_bytes=shape.weight_bytes(shape.precision),
-        kv_bytes_per_token=shape.kv_bytes_per_token(width_bytes),
-        memory_bytes=device.memory_bytes,
-        most=profile.node.devices,
-        context=shape.max_position_embeddings,
-    )
+    span = foreseen_span(profile, device, shape, options, weight_bytes=shape.weight_bytes(shape.precision))
     return min(span.devices, profile.node.devices) if span is not None else profile.node.devices
 
 

@@ -12,7 +12,10 @@ from typing import Any
 from pipeline.roofline import MEMORY_SHARE
 from pipeline.roofline import devices_needed
 from pipeline.roofline import kv_room_bytes
+from pipeline.shape import Shape
 from schemas.errors import JobError
+from schemas.hardware import Device
+from schemas.profile import Profile
 
 LIVE_TOKENS = 1024
 """Of a row in the batch: prompt and half the completion. Assumed."""
@@ -84,6 +87,20 @@ def span_of(
         if devices is not None:
             return Span(nodes=nodes, devices=devices if nodes == 1 else most)
     return None
+
+
+def foreseen_span(profile: Profile, device: Device, shape: Shape, options: Mapping[str, Any], *, weight_bytes: float) -> Span | None:
+    """What a replica will take up on a node that is not here, as a run there cuts it. Raises JobError where an option is none."""
+    assert profile.node is not None
+    asked = {**profile.options, **options}
+    return span_of(
+        asked,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=shape.kv_bytes_per_token(kv_width_bytes(asked, str(asked.get("dtype", profile.dtype)))),
+        memory_bytes=device.memory_bytes,
+        most=profile.node.devices,
+        context=shape.max_position_embeddings,
+    )
 
 
 def asked_span(options: Mapping[str, Any]) -> Span:

@@ -21,7 +21,7 @@ class Shelf:
 
     def __init__(self, *, patience_rows: int) -> None:
         self._patience_rows = patience_rows
-        self._requests: dict[int, tuple[int, Request]] = {}
+        self._requests: dict[int, tuple[int, Request, list[tuple[int, int]]]] = {}  # arrival, row, its prefixes
         self._arrivals: deque[tuple[int, int]] = deque()
         self._sorted: list[tuple[int, ...]] = []  # (-length, first arrival of the prefix at each depth, arrival, key): a heap
         self._prefixes: dict[tuple[int, int], tuple[int, int]] = {}  # depth and hash of a prefix: its first arrival, rows that wait
@@ -36,12 +36,12 @@ class Shelf:
 
     def put(self, key: int, request: Request) -> None:
         arrival = next(self._next)
-        firsts = []
-        for prefix in _prefixes(request):
+        firsts, prefixes = [], _prefixes(request)
+        for prefix in prefixes:
             first, rows = self._prefixes.get(prefix, (arrival, 0))
             self._prefixes[prefix] = (first, rows + 1)
             firsts.append(first)
-        self._requests[key] = (arrival, request)
+        self._requests[key] = (arrival, request, prefixes)
         self._arrivals.append((arrival, key))
         heapq.heappush(self._sorted, (-_may_become(request), *firsts, arrival, key))
 
@@ -61,8 +61,8 @@ class Shelf:
 
     def remove(self, key: int) -> Request:
         """Take a certain row away."""
-        _, request = self._requests.pop(key)
-        for prefix in _prefixes(request):
+        _, request, prefixes = self._requests.pop(key)
+        for prefix in prefixes:
             first, rows = self._prefixes.pop(prefix)
             if rows > 1:
                 self._prefixes[prefix] = (first, rows - 1)
