@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from schemas import layout
 from schemas.completions import output_schema
 from schemas.errors import JobError
 from schemas.job import JobSpec
+from schemas.job import PromptTemplate
 from schemas.record import JobRecord
 from schemas.record import encode_schema
 from schemas.unit import WorkUnit
@@ -46,6 +48,8 @@ SPEED_ONLY = frozenset(
 """Engine options that may change between runs of one job: they decide how fast, not what."""
 NUMERICS = ("dtype", "kv_cache_dtype")
 """Engine options that a profile may choose and that show in the output; a job keeps those that it was begun with."""
+_FEWEST_BYTES_PER_TOKEN = 2
+"""Of most tables' text: English has about four, Chinese two to three."""
 _PART_NAME = re.compile(r"part-(\d{8})-([0-9a-f]{8})\.parquet")
 
 
@@ -109,7 +113,7 @@ def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
     inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/") and not uri.startswith(staged)]
     if inside:
         raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
-    first_cut = None if stored else _cut(job, model, {}, plan.num_rows)
+    first_cut = None if stored else _cut(job, model, {}, plan, plan.num_rows)
     numerics = stored_numerics(stored) if stored else _numerics(first_cut, job)
     record = make_record(job, plan, schema, model, numerics)
     if stored is not None and stored_plan is None and record.fingerprint != stored.fingerprint and not list_parts(out_uri, "")[1]:
@@ -136,7 +140,7 @@ def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
     elif first_cut is not None and not done:
         cut = first_cut  # looking at the machine takes a while where it has GPUs
     else:
-        cut = _cut(job, model, numerics, sum(left))
+        cut = _cut(job, model, numerics, plan, sum(left))
     return Accepted(
         job=job,
         record=record,
@@ -159,12 +163,22 @@ def wants_json(job: JobSpec) -> bool:
     return asked or (quality is not None and quality.invalid_json is not None)
 
 
-def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any], rows: int) -> ReplicaPlan | None:
-    """For so many rows; None where the nodes of a cluster decide."""
+def row_tokens(plan: Plan, job: JobSpec) -> int | None:
+    """No shorter than most of its rows with their completions, taking two bytes of prompt for a token; None where nothing says."""
+    if job.input.sampling is not None or not (plan.prompt_bytes and plan.num_rows):
+        return None
+    source = job.input.source
+    fixed = (source.template if isinstance(source, PromptTemplate) else "") + (job.input.system or "")
+    return math.ceil((plan.prompt_bytes / plan.num_rows + len(fixed.encode())) / _FEWEST_BYTES_PER_TOKEN) + job.sampling.max_tokens
+
+
+def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any], plan: Plan, rows: int) -> ReplicaPlan | None:
+    """For so many rows of a plan; None where the nodes of a cluster decide."""
     if job.cluster.kind in ("address", "azure-batch"):
         return None
     most = rows * job.sampling.n * job.sampling.max_tokens
-    return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics, output_tokens=most)
+    length = row_tokens(plan, job)
+    return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics, output_tokens=most, row_tokens=length)
 
 
 def _profile_usd_per_hour(job: JobSpec, cut: ReplicaPlan | None) -> float | None:

@@ -55,6 +55,7 @@ _FIELDS: list[pa.Field[Any]] = [
 ]
 _PLAN_SCHEMA = pa.schema(_FIELDS)
 _META_SKIPPED = b"tokenmill.skipped"
+_META_PROMPT_BYTES = b"tokenmill.prompt_bytes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +88,8 @@ class Plan:
     units: tuple[WorkUnit, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     """Objects that give no rows, each with the reason."""
+    prompt_bytes: int = 0
+    """Of all columns that prompts are made of, uncompressed; 0 where an earlier version made the plan."""
 
     @property
     def num_rows(self) -> int:
@@ -116,7 +119,8 @@ class Plan:
                     }
                 )
         table = pa.Table.from_pylist(rows, schema=_PLAN_SCHEMA)
-        table = table.replace_schema_metadata({_META_SKIPPED: json.dumps(self.skipped).encode()})
+        said = {_META_SKIPPED: json.dumps(self.skipped).encode(), _META_PROMPT_BYTES: str(self.prompt_bytes).encode()}
+        table = table.replace_schema_metadata(said)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         return buffer.getvalue()
@@ -133,9 +137,10 @@ class Plan:
             unit = ranges.setdefault(row.pop("unit"), [])
             if row["uri"]:
                 unit.append(RowRange(**row))
-        skipped = tuple((uri, reason) for uri, reason in json.loads((table.schema.metadata or {}).get(_META_SKIPPED, b"[]")))
+        said = table.schema.metadata or {}
+        skipped = tuple((uri, reason) for uri, reason in json.loads(said.get(_META_SKIPPED, b"[]")))
         units = tuple(WorkUnit(index=index, ranges=tuple(parts)) for index, parts in sorted(ranges.items()))
-        return cls(units=units, skipped=skipped)
+        return cls(units=units, skipped=skipped, prompt_bytes=int(said.get(_META_PROMPT_BYTES, b"0")))
 
 
 def list_input(spec: InputSpec) -> list[storage.ObjectInfo]:
@@ -186,7 +191,9 @@ def make_plan(job: JobSpec, taken: Taken = frozenset()) -> tuple[Plan, pa.Schema
         raise JobError(f"input.uri: none of the {len(skipped)} files can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
     schema = common_schema(objects, job.input)
     skipped += [(item.uri, "it has no rows") for item in objects if not item.num_rows]
-    return Plan(units=cut(objects, max_tokens=job.sampling.max_tokens, canary=job.canary), skipped=tuple(skipped)), schema
+    units = cut(objects, max_tokens=job.sampling.max_tokens, canary=job.canary)
+    prompt_bytes = sum(group.prompt_bytes for item in objects for group in item.row_groups)
+    return Plan(units=units, skipped=tuple(skipped), prompt_bytes=prompt_bytes), schema
 
 
 def _look_at(item: storage.ObjectInfo, wanted: set[str]) -> InputObject | tuple[str, str]:

@@ -136,7 +136,9 @@ class Trials:
 
         start_s, model = 0.0, self._models[setting.model]
         try:
-            plan = plan_of(setting, self._base, self._machine, model, asked_options(self._job.engine))
+            longest = max(len(request.token_ids) + request.sampling.max_tokens for request in self._requests)
+            asked = asked_options(self._job.engine)
+            plan = plan_of(setting, self._base, self._machine, model, asked, row_tokens=longest)
             with Replicas(plan, model, "vllm", timeout_s=left()) as replicas:
                 start_s = time.monotonic() - began
                 replicas.run(warm(self._requests[: _WARM_ROWS * plan.replicas]), timeout_s=left())

@@ -39,6 +39,10 @@ _MEMORY_SHARE = 0.8
 """Of the machine's memory that all replicas together may plan with."""
 _ENGINE_OVERHEAD_BYTES = 2 << 30
 """vLLM, torch and activations of one CPU replica; 1.4 GB measured with SmolLM2-135M, rounded up."""
+_SHORT_ROW = 512
+"""Tokens that there is room for in each row of a batch, however short they are said to be."""
+_ROW_SLACK = 192
+"""Tokens of a row that nobody counted: a chat template's own, and the empty part of its last block of 128."""
 ALLOCATORS = ("tcmalloc", "mimalloc", "tbbmalloc", "jemalloc")
 """Best first. Any of them spares the engine glibc's page faults on every logits buffer."""
 _LIBRARIES = {
@@ -183,6 +187,7 @@ def cut_machine(
     replicas: int | None,
     numerics: Mapping[str, Any] | None = None,
     output_tokens: int | None = None,
+    row_tokens: int | None = None,
     most_nodes: int = 1,
 ) -> ReplicaPlan:
     """The replicas that this machine runs: as tuned, where the profile is auto and something was. Raises JobError.
@@ -190,6 +195,7 @@ def cut_machine(
     `most_nodes` is how many machines one replica may span: more than this one only where nodes of a cluster can meet.
     `numerics` are options that a job was begun with; they win over the profile's, as the job's own win over both.
     `output_tokens` is the most that the job may generate: a small one is done sooner with engines that are up sooner.
+    `row_tokens` is about the length of its rows with their completions: see plan_replicas.
     """
     # Rows that begin alike are kept together (engine.ordering), and then a prefix cache costs nothing to speak of.
     options = {**(numerics or {}), **asked_options(engine)}
@@ -201,10 +207,12 @@ def cut_machine(
     tuned = find_tuned(model.weights_digest, node_kind(machine)) if engine.profile == "auto" else None
     if tuned is None:
         profile = load_profile(engine.profile, machine)
-        return plan_replicas(profile, machine, model, replicas=replicas, options=options, most_nodes=most_nodes)
+        return plan_replicas(profile, machine, model, replicas=replicas, options=options, row_tokens=row_tokens, most_nodes=most_nodes)
     small = (one.profile for one in tuned.sooner if output_tokens is not None and output_tokens < one.below_tokens)
     quick = next(small, None)
-    plan = plan_replicas(quick or tuned.profile, machine, model, replicas=replicas, options=options, most_nodes=most_nodes)
+    plan = plan_replicas(
+        quick or tuned.profile, machine, model, replicas=replicas, options=options, row_tokens=row_tokens, most_nodes=most_nodes
+    )
     origin = _where_from(tuned) + (", with those that are up sooner, for a small job" if quick else "")
     return replace(plan, found="; ".join(filter(None, (origin, plan.found))))
 
@@ -215,10 +223,19 @@ def _where_from(tuned: Tuned) -> str:
 
 
 def plan_replicas(
-    profile: Profile, machine: Machine, model: Model, *, replicas: int | None, options: dict[str, Any], most_nodes: int = 1
+    profile: Profile,
+    machine: Machine,
+    model: Model,
+    *,
+    replicas: int | None,
+    options: dict[str, Any],
+    row_tokens: int | None = None,
+    most_nodes: int = 1,
 ) -> ReplicaPlan:
     """Cut a machine into engine replicas for one model. The user's options win. Raises JobError where the model cannot fit.
 
+    On CPUs a KV cache is no larger than a batch of rows of `row_tokens` fills, where somebody knows them: the engine writes all of it
+    once as it starts, which a virtual machine may take seconds for. Longer rows than that are computed in smaller batches.
     Where one machine cannot hold it, but up to `most_nodes` like this one together can, it is this node's part of one replica.
     """
     model_len = min(model.max_position_embeddings, profile.max_model_len or model.max_position_embeddings)
@@ -242,7 +259,8 @@ def plan_replicas(
     per_token = model.kv_values_per_token * kv_width_bytes({}, dtype)
     model_len = whole(options, "max_model_len", model_len)
     # Room for one longest row at least (vLLM refuses less), and no more than a full batch of longest rows could use.
-    kv_bytes = min(profile.kv_cache_bytes or 1 << 62, per_token * model_len * whole(options, "max_num_seqs", profile.max_num_seqs))
+    length = model_len if row_tokens is None else min(model_len, max(row_tokens + _ROW_SLACK, _SHORT_ROW))
+    kv_bytes = min(profile.kv_cache_bytes or 1 << 62, per_token * length * whole(options, "max_num_seqs", profile.max_num_seqs))
     kv_bytes = max(kv_bytes, int(LONGEST_ROW * per_token * model_len))
     kv_bytes = whole(options, "kv_cache_memory_bytes", kv_bytes)
     made["kv_cache_memory_bytes"] = kv_bytes

@@ -78,9 +78,9 @@ class _Slot:
 
 
 def engines_at_once(kind: str, num_replicas: int) -> int:
-    """How many engines may load at the same time. Two on two cores are both late; one after the other starts work sooner."""
+    """How many engines may load at the same time: most of what each does, it does on one core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 2) if kind == "vllm" else num_replicas
+    return min(num_replicas, cores) if kind == "vllm" else num_replicas
 
 
 class Supervisor:

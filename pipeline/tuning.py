@@ -271,9 +271,12 @@ def profile_of(setting: Setting, base: Profile) -> Profile:
     return Profile.model_validate({**base.model_dump(), **values})
 
 
-def plan_of(setting: Setting, base: Profile, machine: Machine, model: Model, options: Mapping[str, Any]) -> ReplicaPlan:
+def plan_of(
+    setting: Setting, base: Profile, machine: Machine, model: Model, options: Mapping[str, Any], *, row_tokens: int | None = None
+) -> ReplicaPlan:
     """How its trial is run; the user's own options are part of every trial but the engine's defaults. Raises JobError."""
-    plan = plan_replicas(profile_of(setting, base), machine, model, replicas=setting.replicas, options=dict(options))
+    profile = profile_of(setting, base)
+    plan = plan_replicas(profile, machine, model, replicas=setting.replicas, options=dict(options), row_tokens=row_tokens)
     if not setting.defaults:
         return plan
     # The engine would take nearly all memory for its cache, which other processes hold; its size decides no speed here.

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from jobs.accept import Accepted
 from jobs.accept import accept
+from jobs.accept import row_tokens
 from pipeline.engine.engine import Request
 from pipeline.profile import ReplicaPlan
 from pipeline.profile import cut_machine
@@ -59,7 +60,8 @@ def accept_for_bench(job: JobSpec, folder: Path, num_rows: int | None = None) ->
 
 def _accept(job: JobSpec) -> Accepted:
     accepted = accept(job)
-    return replace(accepted, cut=cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas))
+    length = row_tokens(accepted.plan, job)
+    return replace(accepted, cut=cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas, row_tokens=length))
 
 
 def into(job: JobSpec, folder: Path) -> JobSpec:

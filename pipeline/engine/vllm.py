@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,7 @@ class VllmCore:
         """Load the model. Raises JobError on unknown options, EngineStartError with vLLM's own cause."""
         check_options(options)
         norms.register()  # also where VLLM_PLUGINS leaves the plugin out
+        gc.freeze()  # vLLM collects garbage five times as it starts, and would look through all that its imports made
         try:
             self._llm = vllm.LLM(model=model_path, disable_log_stats=True, **options)
         except Exception as error:
