@@ -319,7 +319,8 @@ class Driver:
             progress.engine = progress.engine or replica.engine
             if replica.ledger is not None:
                 self._accounts.hear(replica.name, replica.ledger, now)
-        self._load.look(replicas)
+        flying = sum(flight.unit.num_rows for flight in self._flying.values())
+        self._load.look(replicas, engine_rows(max(0, self._rows_left - flying), progress.totals))
         self._num_nodes = num_nodes(replicas)
         expected = self._cluster.num_replicas
         wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
@@ -347,6 +348,8 @@ class Driver:
         num_replicas = len(self.progress.replicas)
         while self._ready and not self._drain.is_set():
             if not may_submit(len(self._flying), self._load.fewest_windows, self._wanted_windows, num_replicas):
+                break
+            if self._load.has_its_share:
                 break
             self._fly(self._ready.pop())
         if self._ready or self._later or self._drain.is_set():

@@ -2,12 +2,15 @@
 
 A unit that is nearly done holds hardly a row, and counted whole would keep its replica from getting the next one while its batch runs
 empty. So rows that a replica has answered are taken off as it says so. Beyond a window, which every replica needs, a quicker one gets
-more rows: what has been sent stays where it is, and all are to end at the same time. Knows no cluster and no clock.
+more rows: what has been sent stays where it is, and all are to end at the same time. For the same reason no replica gets more than its
+share of what is left while others are about to be done: rows of equal length end together, and whoever is a moment ahead would take
+what was left for all. Knows no cluster and no clock.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -38,9 +41,13 @@ class Load:
         self._order: dict[str, int] = {}
         self._heap: list[tuple[float, int, str]] = []
         """(windows left, place, name); entries that do not hold any more are passed over."""
+        self._begun: dict[str, float] = {}
+        """What has been generated of rows that are not answered, in rows."""
+        self._share = math.inf
+        """Windows of each replica, if all that is left, sent or not, were to be spread over them."""
 
-    def look(self, replicas: Sequence[ReplicaState]) -> None:
-        """These are there, and this is what they say."""
+    def look(self, replicas: Sequence[ReplicaState], unsent_rows: float = math.inf) -> None:
+        """These are there, and this is what they say; so many rows have not been sent to any."""
         for replica in replicas:
             name, engine = replica.name, replica.ledger.engine if replica.ledger else ""
             if engine != self._engines.get(name, engine):
@@ -50,7 +57,10 @@ class Load:
             self._heard[name] = max(replica.rows, self._heard.get(name, 0))
             if not self._units[name] or name not in self._taken:
                 self._taken[name] = self._heard[name]
+        self._begun = begun_rows(replicas)
         self._windows = {replica.name: replica.window_rows for replica in replicas}
+        unfinished = sum(self._unfinished(name) for name in self._windows)
+        self._share = (unsent_rows + unfinished) / max(1, sum(self._windows.values()))
         self._paces = paces(replicas)
         self._order = {replica.name: place for place, replica in enumerate(replicas)}
         self._heap = [(self._windows_left(name), place, name) for name, place in self._order.items()]
@@ -59,6 +69,7 @@ class Load:
     def hear(self, name: str, reading: Reading) -> None:
         """What a replica's engine said with a result, before the next look; of an engine that no look has found yet, nothing."""
         if name in self._windows and reading.engine == self._engines[name] and reading.rows > self._heard[name]:
+            self._begun[name] = max(0.0, self._begun[name] - (reading.rows - self._heard[name]))
             self._heard[name] = reading.rows
             self._push(name)
 
@@ -79,6 +90,15 @@ class Load:
         """Its rows left, by its window, and beyond the first one by its pace, too."""
         name = self.emptiest()
         return 0.0 if name is None else self._windows_left(name)
+
+    @property
+    def has_its_share(self) -> bool:
+        """Whether the emptiest has as much before it as it should do of all that is left."""
+        name = self.emptiest()
+        return name is not None and self._unfinished(name) / self._windows[name] >= self._share
+
+    def _unfinished(self, name: str) -> float:
+        return max(0.0, self.left(name) - self._begun[name])
 
     def send(self, name: str | None, num_rows: int) -> None:
         """A unit goes to this replica, or anywhere."""
@@ -106,6 +126,21 @@ class Load:
     def _windows_left(self, name: str) -> float:
         windows = self.left(name) / self._windows[name]
         return windows if windows < 1.0 else max(1.0, windows / self._paces[name])
+
+
+def begun_rows(replicas: Sequence[ReplicaState]) -> dict[str, float]:
+    """Output tokens of rows that are not answered, by what a row comes to: of a window of rows at most, since what an engine threw away
+    is among them. 0 where no replica has answered any.
+    """
+    rows = sum(replica.rows for replica in replicas)
+    mean = sum(replica.completion_tokens for replica in replicas) / rows if rows else 0.0
+
+    def begun(replica: ReplicaState) -> float:
+        if replica.ledger is None or not mean:
+            return 0.0
+        return min(max(0, replica.ledger.generated_tokens - replica.completion_tokens) / mean, float(replica.window_rows))
+
+    return {replica.name: begun(replica) for replica in replicas}
 
 
 def paces(replicas: Sequence[ReplicaState]) -> dict[str, float]:

@@ -356,8 +356,8 @@ def _cpu_space(machine: Machine, start: Setting, models: Sequence[Model], tokens
         cuts=tuple((model.weights_digest, tuple((replicas, {}) for replicas in cuts)) for model in models),
         changes=tuple(changes),
         ladders=(("max_num_seqs", (16, 32, 64, 128, 256, 512)), ("max_num_batched_tokens", (512, 1024, 2048, 4096, 8192))),
-        # The engine has one attention backend for CPUs; its blocks are of 128 tokens.
-        rest=({"block_size": 64}, {"block_size": 32}),
+        # The engine has one attention backend for CPUs.
+        rest=({"block_size": 64}, {"block_size": 128}),
     )
 
 

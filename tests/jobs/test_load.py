@@ -6,6 +6,7 @@ from collections import Counter
 
 from jobs.cluster.cluster import ReplicaState
 from jobs.load import Load
+from jobs.load import begun_rows
 from jobs.load import paces
 from schemas.ledger import Reading
 
@@ -18,10 +19,11 @@ def reading(engine: str, rows: int, *, busy_s: float = 0.0, tokens: int = 0) -> 
 
 
 def replica(
-    name: str, *, window: int = 100, rows: int = 0, busy_s: float = 0.0, tokens: int = 0, engine: str | None = None
+    name: str, *, window: int = 100, rows: int = 0, busy_s: float = 0.0, tokens: int = 0, answered: int = 0, engine: str | None = None
 ) -> ReplicaState:
+    """Of its `tokens`, those of rows that it has answered are `answered`."""
     ledger = reading(engine or name, rows, busy_s=busy_s, tokens=tokens)
-    return ReplicaState(name=name, window_rows=window, rows=rows, ledger=ledger)
+    return ReplicaState(name=name, window_rows=window, rows=rows, ledger=ledger, completion_tokens=answered)
 
 
 def sent_until(load: Load, windows: float) -> Counter[str | None]:
@@ -180,3 +182,76 @@ def test_a_look_that_is_older_than_a_result_takes_nothing_back() -> None:
     assert load.left("a") == 100
     load.look([replica("a", rows=5310)])
     assert load.left("a") == 90
+
+
+def sent_at_once(load: Load, unsent: int) -> Counter[str | None]:
+    """Rows by replica, ten at a time, until each has a window, or its share."""
+    sent = Counter[str | None]()
+    while unsent and load.fewest_windows < 1.0 and not load.has_its_share:
+        name = load.emptiest()
+        sent[name] += 10
+        load.send(name, 10)
+        unsent -= 10
+    return sent
+
+
+def test_who_is_a_moment_ahead_does_not_take_what_is_left_for_all() -> None:
+    """Both had a hundred rows of fifty tokens; one is done, the other nearly."""
+    load = Load()
+    load.look([replica("a"), replica("b")], 300)
+    assert sent_at_once(load, 300) == {"a": 100, "b": 100}
+    load.take("a", 100, answered_rows=100, by="a")
+    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", tokens=4600)], 100)
+    assert load.left("b") == 100
+    assert sent_at_once(load, 100) == {"a": 60}  # of the 100, and the 8 that the other has before it
+    load.take("b", 100, answered_rows=100, by="b")
+    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", rows=100, tokens=5000, answered=5000)], 40)
+    assert sent_at_once(load, 40) == {"b": 40}
+
+
+def test_rows_that_are_only_begun_are_waited_for_by_nobody() -> None:
+    load = Load()
+    load.look([replica("a"), replica("b")], 300)
+    sent_at_once(load, 300)
+    load.take("a", 100, answered_rows=100, by="a")
+    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", tokens=100)], 100)
+    assert sent_at_once(load, 100) == {"a": 100}
+
+
+def test_far_from_the_end_every_replica_gets_its_window_whatever_others_have_done() -> None:
+    load = Load()
+    load.look([replica("a"), replica("b")], 10_000)
+    sent_at_once(load, 10_000)
+    load.take("a", 100, answered_rows=100, by="a")
+    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", tokens=4900)], 9_800)
+    assert sent_at_once(load, 9_800) == {"a": 100}
+
+
+def test_shares_are_as_windows_are() -> None:
+    load = Load()
+    load.look([replica("small", window=100), replica("large", window=300)], 200)
+    assert sent_at_once(load, 200) == {"small": 50, "large": 150}
+
+
+def test_the_last_rows_are_sent_whoever_holds_the_others() -> None:
+    load = Load()
+    load.look([replica("a"), replica("b"), replica("c")], 10)
+    assert sum(sent_at_once(load, 10).values()) == 10
+
+
+def test_a_result_takes_its_rows_off_what_was_begun() -> None:
+    load = Load()
+    load.look([replica("a"), replica("b")], 300)
+    sent_at_once(load, 300)
+    before = [replica("a", rows=40, tokens=4800, answered=2000), replica("b", rows=40, tokens=4800, answered=2000)]
+    load.look(before, 20)  # of the sixty rows that each has, 56 rows' worth is generated
+    load.hear("a", reading("a", 96, tokens=4800))  # but those are answered by now, and four are left
+    assert not load.has_its_share
+    assert sent_at_once(load, 20) == {"a": 10}
+
+
+def test_what_is_begun_is_measured_in_rows_of_the_usual_length() -> None:
+    assert begun_rows([]) == {}
+    assert begun_rows([replica("a", tokens=500), ReplicaState(name="mute", window_rows=8)]) == {"a": 0.0, "mute": 0.0}
+    known = [replica("a", rows=10, tokens=700, answered=500), replica("b", rows=30, tokens=1400, answered=1500)]
+    assert begun_rows(known) == {"a": 4.0, "b": 0.0}

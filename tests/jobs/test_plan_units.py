@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -161,7 +163,16 @@ def a_plan() -> Plan:
 
 
 def test_a_plan_comes_back_from_parquet_as_it_was() -> None:
-    assert Plan.from_parquet(a_plan().to_parquet()) == a_plan()
+    for plan in (a_plan(), replace(a_plan(), prompt_bytes=77)):
+        assert Plan.from_parquet(plan.to_parquet()) == plan
+
+
+def test_a_plan_of_an_earlier_version_comes_back_without_the_size_of_its_prompts() -> None:
+    table = pq.read_table(io.BytesIO(replace(a_plan(), prompt_bytes=77).to_parquet()))
+    metadata = {key: value for key, value in table.schema.metadata.items() if b"prompt" not in key}
+    earlier = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), earlier)
+    assert Plan.from_parquet(earlier.getvalue()) == a_plan()
 
 
 def test_a_plan_of_an_empty_table_comes_back_from_parquet_as_it_was() -> None:

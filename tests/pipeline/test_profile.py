@@ -111,6 +111,30 @@ def test_the_cache_is_no_larger_than_a_full_batch_can_use() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("row_tokens", "options", "expected"),
+    [
+        (None, {"max_num_seqs": 16}, 16 * 2048),
+        (800, {"max_num_seqs": 16}, 16 * (800 + 192)),
+        (100, {"max_num_seqs": 16}, 16 * 512),
+        (5000, {"max_num_seqs": 16}, 16 * 2048),
+        (100, {"max_num_seqs": 2}, 1.05 * 2048),
+        (100, {"max_num_seqs": 16, "kv_cache_memory_bytes": 10**8 * 4}, 10_000),
+    ],
+    ids=["nobody knows", "long rows", "short rows", "longer than the model takes", "room for one longest row", "as the user says"],
+)
+def test_the_cache_is_no_larger_than_a_batch_of_the_jobs_rows_fills(
+    row_tokens: int | None, options: dict[str, Any], expected: float
+) -> None:
+    made = plan_replicas(CPU, machine(2), MODEL, replicas=None, options=options, row_tokens=row_tokens)
+    assert made.options["kv_cache_memory_bytes"] == int(expected * 40_000)
+
+
+def test_more_rows_than_the_profile_has_room_for_get_no_larger_cache() -> None:
+    made = plan_replicas(CPU, machine(2), MODEL, replicas=None, options={}, row_tokens=1500)
+    assert made.options["kv_cache_memory_bytes"] == 2 * GB
+
+
 def test_half_width_halves_the_cache() -> None:
     small = replace(MODEL, max_position_embeddings=128)
     assert plan(CPU, machine(2), small, dtype="float16").options["kv_cache_memory_bytes"] == 64 * 128 * 10_000 * 2

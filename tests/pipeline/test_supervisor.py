@@ -16,6 +16,7 @@ from pipeline.model import resolve_model
 from pipeline.supervisor import ReplicaSpec
 from pipeline.supervisor import Supervisor
 from pipeline.supervisor import _Slot
+from pipeline.supervisor import engines_at_once
 from pipeline.worker import WorkerConfig
 
 
@@ -42,6 +43,12 @@ def test_a_replica_that_does_not_start_is_named_while_others_still_do(tiny_model
         assert "decode_tokens_per_s" in why
     finally:
         supervisor.close(at_once=True)
+
+
+def test_as_many_engines_load_at_once_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    assert [engines_at_once("vllm", count) for count in (1, 3, 8)] == [1, 3, 3]
+    assert engines_at_once("simulated", 8) == 8
 
 
 @pytest.mark.parametrize(
