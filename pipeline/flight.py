@@ -15,13 +15,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _HEADER = struct.Struct("<dqq")  # monotonic seconds of the last move (one clock for all processes of a machine), moves, rows finished
-_SLOT = struct.Struct("<qq")  # number of the tag, from 1; position in the input table. All zero: empty
-_TAGS = ".tags.json"
+_SLOT = struct.Struct("<qqq")  # number of the job, from 1; unit; position in the input table. All zero: empty
+_JOBS = ".jobs.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +31,16 @@ class Tag:
     out_uri: str
     fingerprint: str
     unit: int
+
+
+class Mark(NamedTuple):
+    """A tag as it stands in a slot."""
+
+    job: int
+    unit: int
+
+
+NOBODY = Mark(0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +67,7 @@ def is_hung(flight: Flight, *, now: float, silence_s: float) -> bool:
 
 
 class FlightRecorder:
-    """Writes the record. Rows and moves come from one thread, tags from any."""
+    """Writes the record. Rows and moves come from one thread, marks are asked for by any."""
 
     def __init__(self, path: Path, num_slots: int) -> None:
         """Rows beyond `num_slots` at a time are not recorded. Raises OSError where the disk is full."""
@@ -68,37 +78,33 @@ class FlightRecorder:
             self._map = mmap.mmap(file.fileno(), size_bytes)
         self._free = list(range(num_slots))
         self._steps = self._finished = 0
-        self._tags: dict[int, str] = {}
-        """As JSON: all of them are written each time that one comes."""
-        self._next_tag = 1
+        self._jobs: dict[tuple[str, str], int] = {}
+        """Their numbers. Only a job that was never here before is worth a write: units come by the hundred a second."""
         self._lock = threading.Lock()
-        self._write_tags()
+        self._write_jobs()
 
-    def open_tag(self, tag: Tag) -> int:
-        """A number for the rows of one unit; to be closed when none of them is inside any more."""
+    def mark(self, tag: Tag) -> Mark:
+        """For the rows of one unit."""
+        job = (tag.out_uri, tag.fingerprint)
         with self._lock:
-            number, self._next_tag = self._next_tag, self._next_tag + 1
-            self._tags[number] = json.dumps(asdict(tag))
-            self._write_tags()
-            return number
+            if job not in self._jobs:
+                self._jobs[job] = len(self._jobs) + 1
+                self._write_jobs()
+            return Mark(self._jobs[job], tag.unit)
 
-    def close_tag(self, number: int) -> None:
-        with self._lock:
-            del self._tags[number]  # the file follows with the next tag: a name too many harms nobody
-
-    def enter(self, tag: int, position: int) -> int | None:
+    def enter(self, mark: Mark, position: int) -> int | None:
         """A row goes in. Returns its slot, if there was one."""
         if not self._free:
             return None
         slot = self._free.pop()
-        _SLOT.pack_into(self._map, _HEADER.size + slot * _SLOT.size, tag, position)
+        _SLOT.pack_into(self._map, _HEADER.size + slot * _SLOT.size, *mark, position)
         return slot
 
     def leave(self, slot: int | None, *, finished: bool = True) -> None:
         """A row comes out, finished or given up."""
         self._finished += finished
         if slot is not None:
-            _SLOT.pack_into(self._map, _HEADER.size + slot * _SLOT.size, 0, 0)
+            _SLOT.pack_into(self._map, _HEADER.size + slot * _SLOT.size, *NOBODY, 0)
             self._free.append(slot)
 
     def moved(self) -> None:
@@ -106,11 +112,11 @@ class FlightRecorder:
         self._steps += 1
         _HEADER.pack_into(self._map, 0, time.monotonic(), self._steps, self._finished)
 
-    def _write_tags(self) -> None:
-        target = self._path.with_suffix(_TAGS)
+    def _write_jobs(self) -> None:
+        target = self._path.with_suffix(_JOBS)
         temporary = target.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # on a full disk rows go unrecorded; that must not cost them
-            temporary.write_text("{" + ", ".join(f'"{number}": {tag}' for number, tag in self._tags.items()) + "}")
+            temporary.write_text(json.dumps(list(self._jobs)))
             temporary.replace(target)
 
 
@@ -118,16 +124,17 @@ def read_flight(path: Path) -> Flight | None:
     """The record as it stands; None where the engine never came up."""
     try:
         data = path.read_bytes()
-        tags = {int(number): Tag(**tag) for number, tag in json.loads(path.with_suffix(_TAGS).read_text()).items()}
+        jobs = [(out_uri, fingerprint) for out_uri, fingerprint in json.loads(path.with_suffix(_JOBS).read_text())]
     except (OSError, ValueError):
         return None
     if len(data) < _HEADER.size:
         return None
     moved_at, steps, finished = _HEADER.unpack_from(data)
     rows: defaultdict[Tag, set[int]] = defaultdict(set)
-    for number, position in _SLOT.iter_unpack(data[_HEADER.size :]):
-        if number in tags:
-            rows[tags[number]].add(position)
+    for job, unit, position in _SLOT.iter_unpack(data[_HEADER.size :]):
+        if 0 < job <= len(jobs):
+            out_uri, fingerprint = jobs[job - 1]
+            rows[Tag(out_uri=out_uri, fingerprint=fingerprint, unit=unit)].add(position)
     return Flight(
         moved_at=moved_at, steps=steps, rows_finished=finished, rows={tag: frozenset(positions) for tag, positions in rows.items()}
     )

@@ -24,7 +24,9 @@ from pipeline.engine.engine import as_generation
 from pipeline.engine.engine import generated_tokens
 from pipeline.engine.ledger import Ledger
 from pipeline.feed import Feed
+from pipeline.flight import NOBODY
 from pipeline.flight import FlightRecorder
+from pipeline.flight import Mark
 from pipeline.flight import Tag
 from schemas.errors import EngineDead
 from schemas.errors import EngineEvicted
@@ -95,7 +97,7 @@ class _Admitted:
     key: int
     request: Request
     outbox: Outbox
-    tag: int
+    mark: Mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +189,11 @@ class ContinuousEngine:
     ) -> Iterator[Generation]:
         """See Engine.generate."""
         outbox: Outbox = queue.SimpleQueue()
-        recorder = self._recorder if tag is not None else None
-        number = recorder.open_tag(tag) if recorder is not None and tag is not None else 0
-        try:
-            with self._gate.alone(outbox) if alone else contextlib.nullcontext():
-                yield from self._generate(iter(requests), outbox, number, window_rows(self._info.max_num_seqs, wide=wide))
-        finally:
-            if recorder is not None:
-                recorder.close_tag(number)
+        mark = self._recorder.mark(tag) if self._recorder is not None and tag is not None else NOBODY
+        with self._gate.alone(outbox) if alone else contextlib.nullcontext():
+            yield from self._generate(iter(requests), outbox, mark, window_rows(self._info.max_num_seqs, wide=wide))
 
-    def _generate(self, source: Iterator[Request], outbox: Outbox, tag: int, window_rows: int) -> Iterator[Generation]:
+    def _generate(self, source: Iterator[Request], outbox: Outbox, mark: Mark, window_rows: int) -> Iterator[Generation]:
         exhausted, pending = False, 0
         try:
             while pending or not exhausted:
@@ -212,7 +209,7 @@ class ContinuousEngine:
                     if request is None:
                         exhausted = True
                         break
-                    self._send(_Admitted(next(self._keys), request, outbox, tag))
+                    self._send(_Admitted(next(self._keys), request, outbox, mark))
                     pending += 1
                 if not pending:
                     continue
@@ -321,7 +318,7 @@ class ContinuousEngine:
                 if self._recorder is not None:
                     if idle:
                         self._recorder.moved()
-                    self._slots[message.key] = self._recorder.enter(message.tag, message.request.position)
+                    self._slots[message.key] = self._recorder.enter(message.mark, message.request.position)
                 outcome = core.add(message.key, message.request)
                 if outcome is not None:
                     self._ready.append((message.key, as_generation(message.request, outcome)))

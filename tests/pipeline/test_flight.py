@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 def test_rows_inside_are_seen_and_those_that_left_are_not(path: Path) -> None:
     recorder = FlightRecorder(path, 8)
     other = Tag(out_uri="/out", fingerprint="f" * 64, unit=4)
-    first, second = recorder.open_tag(TAG), recorder.open_tag(other)
+    first, second = recorder.mark(TAG), recorder.mark(other)
     slots = [recorder.enter(first, position) for position in (0, 10, 11)]
     recorder.enter(second, 12)
     recorder.leave(slots[1])
@@ -37,14 +37,29 @@ def test_rows_inside_are_seen_and_those_that_left_are_not(path: Path) -> None:
     assert (found.rows, found.num_rows) == ({TAG: frozenset({0, 11}), other: frozenset({12})}, 3)
 
 
+def test_units_of_several_jobs_are_told_apart_and_a_unit_costs_no_write(path: Path) -> None:
+    recorder = FlightRecorder(path, 8)
+    jobs = [Tag(out_uri=out_uri, fingerprint=fingerprint, unit=0) for out_uri in ("/out", "/other ü") for fingerprint in ("f", "e")]
+    for position, tag in enumerate(jobs):
+        recorder.enter(recorder.mark(tag), position)
+    names = path.with_suffix(".jobs.json")
+    written = names.stat().st_mtime_ns, names.stat().st_ino
+    later = Tag(out_uri="/out", fingerprint="e", unit=1 << 40)
+    recorder.enter(recorder.mark(later), 9)
+    assert (names.stat().st_mtime_ns, names.stat().st_ino) == written
+    found = read_flight(path)
+    assert found is not None
+    assert found.rows == {**{tag: frozenset({position}) for position, tag in enumerate(jobs)}, later: frozenset({9})}
+
+
 def test_a_slot_is_used_again_and_rows_beyond_the_slots_are_not_recorded(path: Path) -> None:
     recorder = FlightRecorder(path, 1)
-    tag = recorder.open_tag(TAG)
-    slot = recorder.enter(tag, 1)
-    assert recorder.enter(tag, 2) is None
+    mark = recorder.mark(TAG)
+    slot = recorder.enter(mark, 1)
+    assert recorder.enter(mark, 2) is None
     recorder.leave(None)
     recorder.leave(slot)
-    recorder.enter(tag, 5)
+    recorder.enter(mark, 5)
     found = read_flight(path)
     assert found is not None
     assert found.rows == {TAG: frozenset({5})}
@@ -52,8 +67,8 @@ def test_a_slot_is_used_again_and_rows_beyond_the_slots_are_not_recorded(path: P
 
 def test_steps_and_finished_rows_are_counted_and_given_up_rows_are_not_finished(path: Path) -> None:
     recorder = FlightRecorder(path, 4)
-    tag = recorder.open_tag(TAG)
-    slots = [recorder.enter(tag, position) for position in range(3)]
+    mark = recorder.mark(TAG)
+    slots = [recorder.enter(mark, position) for position in range(3)]
     recorder.leave(slots[0])
     recorder.leave(slots[1], finished=False)
     before = time.monotonic()
@@ -75,8 +90,8 @@ def test_the_record_of_a_killed_process_is_whole(path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from pipeline.flight import FlightRecorder, Tag\n"
         f"recorder = FlightRecorder(Path({str(path)!r}), 100)\n"
-        f"tag = recorder.open_tag(Tag(out_uri='/out', fingerprint='f' * 64, unit=3))\n"
-        "for position in range(50): recorder.enter(tag, position)\n"
+        f"mark = recorder.mark(Tag(out_uri='/out', fingerprint='f' * 64, unit=3))\n"
+        "for position in range(50): recorder.enter(mark, position)\n"
         "recorder.moved(); print('up', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

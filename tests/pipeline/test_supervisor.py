@@ -61,7 +61,7 @@ def test_only_a_kill_from_outside_is_told_as_one(tmp_path: Path, number: signal.
     supervisor = Supervisor([], max_loading=1, silence_s=60, on_death=lambda _, *death: told.append(death))
     config = WorkerConfig(name="r", model={}, kind="simulated", options={}, num_threads=1, folder=str(tmp_path))
     recorder = FlightRecorder(config.flight_path, 1)
-    recorder.enter(recorder.open_tag(Tag(out_uri="/out", fingerprint="f", unit=1)), 7)
+    recorder.enter(recorder.mark(Tag(out_uri="/out", fingerprint="f", unit=1)), 7)
     process = subprocess.Popen(["sleep", "60"], start_new_session=True)
     process.send_signal(number)
     slot = _Slot(spec=ReplicaSpec(config=config, environment={}), process=process, state="ready", message=message)
