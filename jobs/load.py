@@ -93,9 +93,10 @@ class Load:
 
     @property
     def has_its_share(self) -> bool:
-        """Whether the emptiest has as much before it as it should do of all that is left."""
+        """Whether the emptiest has as much before it as it should do of all that is left. One that has nothing may always have more."""
         name = self.emptiest()
-        return name is not None and self._unfinished(name) / self._windows[name] >= self._share
+        unfinished = 0.0 if name is None else self._unfinished(name)
+        return name is not None and unfinished > 0 and unfinished / self._windows[name] >= self._share
 
     def _unfinished(self, name: str) -> float:
         return max(0.0, self.left(name) - self._begun[name])

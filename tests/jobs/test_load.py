@@ -239,6 +239,14 @@ def test_the_last_rows_are_sent_whoever_holds_the_others() -> None:
     assert sum(sent_at_once(load, 10).values()) == 10
 
 
+def test_a_replica_with_nothing_before_it_may_have_a_unit_without_rows() -> None:
+    load = Load()
+    load.look([replica("a")], 0)
+    assert not load.has_its_share
+    load.send("a", 5)
+    assert load.has_its_share
+
+
 def test_a_result_takes_its_rows_off_what_was_begun() -> None:
     load = Load()
     load.look([replica("a"), replica("b")], 300)
