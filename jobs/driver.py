@@ -60,6 +60,8 @@ _MAX_LOSSES = 30
 """Of one unit: replicas that went away under it. Isolating a deadly row takes some ten; more than this is no accident."""
 _LOSS_WAIT_S = 2.0
 """Before a unit whose replica went away is tried again: what was in its engine is stored meanwhile."""
+_SOON_S = 30.0
+"""A replica that has been loading for less is taken to be up soon, and its share of a small table is kept for it."""
 _USUAL_OF = 64
 """Latest units whose median time is the usual one."""
 _SLOW_FACTOR = 3.0
@@ -320,7 +322,8 @@ class Driver:
             if replica.ledger is not None:
                 self._accounts.hear(replica.name, replica.ledger, now)
         flying = sum(flight.unit.num_rows for flight in self._flying.values())
-        self._load.look(replicas, engine_rows(max(0, self._rows_left - flying), progress.totals))
+        coming = sum(seconds < _SOON_S for seconds in self._cluster.loading_seconds().values())
+        self._load.look(replicas, engine_rows(max(0, self._rows_left - flying), progress.totals), coming)
         self._num_nodes = num_nodes(replicas)
         expected = self._cluster.num_replicas
         wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
@@ -347,9 +350,8 @@ class Driver:
     def _submit(self) -> None:
         num_replicas = len(self.progress.replicas)
         while self._ready and not self._drain.is_set():
-            if not may_submit(len(self._flying), self._load.fewest_windows, self._wanted_windows, num_replicas):
-                break
-            if self._load.has_its_share:
+            wanted = may_submit(len(self._flying), self._load.fewest_windows, self._wanted_windows, num_replicas)
+            if not wanted or self._load.has_its_share:
                 break
             self._fly(self._ready.pop())
         if self._ready or self._later or self._drain.is_set():

@@ -3,8 +3,8 @@
 A unit that is nearly done holds hardly a row, and counted whole would keep its replica from getting the next one while its batch runs
 empty. So rows that a replica has answered are taken off as it says so. Beyond a window, which every replica needs, a quicker one gets
 more rows: what has been sent stays where it is, and all are to end at the same time. For the same reason no replica gets more than its
-share of what is left while others are about to be done: rows of equal length end together, and whoever is a moment ahead would take
-what was left for all. Knows no cluster and no clock.
+share of what is left while others are about to be done, or to be up: rows of equal length end together, and whoever is a moment ahead
+would take what was left for all. Knows no cluster and no clock.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Load:
         self._share = math.inf
         """Windows of each replica, if all that is left, sent or not, were to be spread over them."""
 
-    def look(self, replicas: Sequence[ReplicaState], unsent_rows: float = math.inf) -> None:
-        """These are there, and this is what they say; so many rows have not been sent to any."""
+    def look(self, replicas: Sequence[ReplicaState], unsent_rows: float = math.inf, num_coming: int = 0) -> None:
+        """These are there, and this is what they say; so many rows have not been sent to any, and so many replicas will soon be there."""
         for replica in replicas:
             name, engine = replica.name, replica.ledger.engine if replica.ledger else ""
             if engine != self._engines.get(name, engine):
@@ -57,10 +57,12 @@ class Load:
             self._heard[name] = max(replica.rows, self._heard.get(name, 0))
             if not self._units[name] or name not in self._taken:
                 self._taken[name] = self._heard[name]
-        self._begun = begun_rows(replicas)
+        begun = begun_rows(replicas)  # by then, some of them may have been answered since, which a result has told
+        self._begun = {replica.name: max(0.0, begun[replica.name] - self._heard[replica.name] + replica.rows) for replica in replicas}
         self._windows = {replica.name: replica.window_rows for replica in replicas}
         unfinished = sum(self._unfinished(name) for name in self._windows)
-        self._share = (unsent_rows + unfinished) / max(1, sum(self._windows.values()))
+        here = sum(self._windows.values())
+        self._share = (unsent_rows + unfinished) / max(1, here + num_coming * here / max(1, len(replicas)))
         self._paces = paces(replicas)
         self._order = {replica.name: place for place, replica in enumerate(replicas)}
         self._heap = [(self._windows_left(name), place, name) for name, place in self._order.items()]
@@ -130,8 +132,8 @@ class Load:
 
 
 def begun_rows(replicas: Sequence[ReplicaState]) -> dict[str, float]:
-    """Output tokens of rows that are not answered, by what a row comes to: of a window of rows at most, since what an engine threw away
-    is among them. 0 where no replica has answered any.
+    """Output tokens of rows that are not answered, by what a row comes to: of half a window at most, which is a batch, since what an
+    engine threw away is among them. 0 where no replica has answered any.
     """
     rows = sum(replica.rows for replica in replicas)
     mean = sum(replica.completion_tokens for replica in replicas) / rows if rows else 0.0
@@ -139,7 +141,7 @@ def begun_rows(replicas: Sequence[ReplicaState]) -> dict[str, float]:
     def begun(replica: ReplicaState) -> float:
         if replica.ledger is None or not mean:
             return 0.0
-        return min(max(0, replica.ledger.generated_tokens - replica.completion_tokens) / mean, float(replica.window_rows))
+        return min(max(0, replica.ledger.generated_tokens - replica.completion_tokens) / mean, replica.window_rows / 2)
 
     return {replica.name: begun(replica) for replica in replicas}
 

@@ -54,6 +54,8 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("position", pa.int64()),
 ]
 _PLAN_SCHEMA = pa.schema(_FIELDS)
+_DISTINCT_BYTES = 64
+"""Of a row: a column that a dictionary makes smaller than this may hold long texts many times."""
 _META_SKIPPED = b"tokenmill.skipped"
 _META_PROMPT_BYTES = b"tokenmill.prompt_bytes"
 
@@ -65,6 +67,8 @@ class RowGroup:
     num_rows: int
     size_bytes: int
     prompt_bytes: int
+    repeats: bool = False
+    """Whether a column of the prompt may hold few distinct texts, each of which Parquet stores once: then its size says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +93,9 @@ class Plan:
     skipped: tuple[tuple[str, str], ...] = ()
     """Objects that give no rows, each with the reason."""
     prompt_bytes: int = 0
-    """Of all columns that prompts are made of, uncompressed; 0 where an earlier version made the plan."""
+    """Of all columns that prompts are made of, uncompressed; 0 where that says nothing of prompts' lengths, or an earlier version made
+    the plan.
+    """
 
     @property
     def num_rows(self) -> int:
@@ -192,7 +198,8 @@ def make_plan(job: JobSpec, taken: Taken = frozenset()) -> tuple[Plan, pa.Schema
     schema = common_schema(objects, job.input)
     skipped += [(item.uri, "it has no rows") for item in objects if not item.num_rows]
     units = cut(objects, max_tokens=job.sampling.max_tokens, canary=job.canary)
-    prompt_bytes = sum(group.prompt_bytes for item in objects for group in item.row_groups)
+    groups = [group for item in objects for group in item.row_groups]
+    prompt_bytes = 0 if any(group.repeats for group in groups) else sum(group.prompt_bytes for group in groups)
     return Plan(units=units, skipped=tuple(skipped), prompt_bytes=prompt_bytes), schema
 
 
@@ -216,8 +223,16 @@ def _row_groups(metadata: pq.FileMetaData, wanted: set[str]) -> tuple[RowGroup, 
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         columns = [group.column(number) for number in range(group.num_columns)]
-        prompt = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".", 1)[0] in wanted)
-        groups.append(RowGroup(num_rows=group.num_rows, size_bytes=group.total_byte_size, prompt_bytes=prompt))
+        sizes: dict[str, int] = dict.fromkeys(wanted, 0)
+        encoded = set()
+        for column in columns:
+            if (name := column.path_in_schema.split(".", 1)[0]) in wanted:
+                sizes[name] += column.total_uncompressed_size
+                encoded |= {name} if column.has_dictionary_page else set()
+        repeats = any(sizes[name] < _DISTINCT_BYTES * group.num_rows for name in encoded)
+        groups.append(
+            RowGroup(num_rows=group.num_rows, size_bytes=group.total_byte_size, prompt_bytes=sum(sizes.values()), repeats=repeats)
+        )
     return tuple(groups)
 
 

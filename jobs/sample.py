@@ -93,6 +93,11 @@ def look_at(
     return [row for _, row in sampled]
 
 
+def longest_of(requests: Sequence[Request]) -> int:
+    """Tokens of the longest prompt with all that may follow it."""
+    return max(len(request.token_ids) + request.sampling.max_tokens for request in requests)
+
+
 def fixed(sample: Sequence[Request], lengths: Mapping[int, int]) -> list[Request]:
     """The rows whose lengths are known, each to be generated to just that length: every trial does the same work.
 

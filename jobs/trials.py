@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jobs.sample import fixed
+from jobs.sample import longest_of
 from jobs.sample import warm
 from jobs.trial_journal import Journal
 from pipeline.engine.engine import Generation
@@ -136,7 +137,7 @@ class Trials:
 
         start_s, model = 0.0, self._models[setting.model]
         try:
-            longest = max(len(request.token_ids) + request.sampling.max_tokens for request in self._requests)
+            longest = None if setting.defaults else longest_of(self._requests)
             asked = asked_options(self._job.engine)
             plan = plan_of(setting, self._base, self._machine, model, asked, row_tokens=longest)
             with Replicas(plan, model, "vllm", timeout_s=left()) as replicas:

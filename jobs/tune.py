@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from jobs.sample import fixed
+from jobs.sample import longest_of
 from jobs.sample import read_sample
 from jobs.trial_journal import Journal
 from jobs.trial_journal import open_journal
@@ -123,6 +124,7 @@ def tune(
     sample = read_sample(job, models[0], most, max_model_len=plan.options["max_model_len"])
     if not sample:
         raise JobError("input.uri: no row of the sample makes a prompt, so there is nothing to try engines with")
+    plan = plan_replicas(base, machine, models[0], replicas=job.cluster.replicas, options=options, row_tokens=longest_of(sample))
     with open_journal(job, models[0], base, node_kind(machine), sample, rows, fresh) as journal:
         trials = Trials(job, models, machine, base, journal, show)
 
@@ -134,7 +136,7 @@ def tune(
                 options=options,
                 replicas=job.cluster.replicas,
                 rows=len(requests),
-                tokens_per_row=max(len(request.token_ids) + request.sampling.max_tokens for request in requests),
+                tokens_per_row=longest_of(requests),
                 shared_share=shared_share([request.token_ids for request in requests], block=_BLOCK_TOKENS),
                 kv_cache_dtypes=kv_cache_dtypes,
             )

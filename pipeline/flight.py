@@ -80,6 +80,8 @@ class FlightRecorder:
         self._steps = self._finished = 0
         self._jobs: dict[tuple[str, str], int] = {}
         """Their numbers. Only a job that was never here before is worth a write: units come by the hundred a second."""
+        self._written = 0
+        """Of them, those that stand in the file: on a full disk fewer than there are."""
         self._lock = threading.Lock()
         self._write_jobs()
 
@@ -87,10 +89,10 @@ class FlightRecorder:
         """For the rows of one unit."""
         job = (tag.out_uri, tag.fingerprint)
         with self._lock:
-            if job not in self._jobs:
-                self._jobs[job] = len(self._jobs) + 1
+            number = self._jobs.setdefault(job, len(self._jobs) + 1)
+            if self._written < len(self._jobs):
                 self._write_jobs()
-            return Mark(self._jobs[job], tag.unit)
+            return Mark(number, tag.unit)
 
     def enter(self, mark: Mark, position: int) -> int | None:
         """A row goes in. Returns its slot, if there was one."""
@@ -118,6 +120,13 @@ class FlightRecorder:
         with contextlib.suppress(OSError):  # on a full disk rows go unrecorded; that must not cost them
             temporary.write_text(json.dumps(list(self._jobs)))
             temporary.replace(target)
+            self._written = len(self._jobs)
+
+
+def forget_flight(path: Path) -> None:
+    """Nobody reads an earlier process's record for this one's."""
+    for part in (path, path.with_suffix(_JOBS)):
+        part.unlink(missing_ok=True)
 
 
 def read_flight(path: Path) -> Flight | None:

@@ -41,8 +41,10 @@ _ENGINE_OVERHEAD_BYTES = 2 << 30
 """vLLM, torch and activations of one CPU replica; 1.4 GB measured with SmolLM2-135M, rounded up."""
 _SHORT_ROW = 512
 """Tokens that there is room for in each row of a batch, however short they are said to be."""
-_ROW_SLACK = 192
-"""Tokens of a row that nobody counted: a chat template's own, and the empty part of its last block of 128."""
+_LARGEST_BLOCK = 128
+"""Tokens."""
+_ROW_SLACK = 64 + _LARGEST_BLOCK
+"""Tokens of a row that nobody counted: a chat template's own, and the empty part of its last block."""
 ALLOCATORS = ("tcmalloc", "mimalloc", "tbbmalloc", "jemalloc")
 """Best first. Any of them spares the engine glibc's page faults on every logits buffer."""
 _LIBRARIES = {
@@ -205,14 +207,12 @@ def cut_machine(
         return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options, nodes=options["nnodes"])
     machine = this_machine()
     tuned = find_tuned(model.weights_digest, node_kind(machine)) if engine.profile == "auto" else None
+    sooner = tuned.sooner if tuned is not None and output_tokens is not None else ()
+    quick = next((one.profile for one in sooner if output_tokens is not None and output_tokens < one.below_tokens), None)
+    profile = quick or (tuned.profile if tuned is not None else load_profile(engine.profile, machine))
+    plan = plan_replicas(profile, machine, model, replicas=replicas, options=options, row_tokens=row_tokens, most_nodes=most_nodes)
     if tuned is None:
-        profile = load_profile(engine.profile, machine)
-        return plan_replicas(profile, machine, model, replicas=replicas, options=options, row_tokens=row_tokens, most_nodes=most_nodes)
-    small = (one.profile for one in tuned.sooner if output_tokens is not None and output_tokens < one.below_tokens)
-    quick = next(small, None)
-    plan = plan_replicas(
-        quick or tuned.profile, machine, model, replicas=replicas, options=options, row_tokens=row_tokens, most_nodes=most_nodes
-    )
+        return plan
     origin = _where_from(tuned) + (", with those that are up sooner, for a small job" if quick else "")
     return replace(plan, found="; ".join(filter(None, (origin, plan.found))))
 
@@ -244,6 +244,7 @@ def plan_replicas(
         "max_num_batched_tokens": profile.max_num_batched_tokens,
         "max_model_len": model_len,
         "dtype": profile.dtype,
+        **(profile.options_for(machine.cpu_flags) if profile.device == "cpu" else {}),
         **profile.options,
     }
     replicas = replicas or profile.replicas
@@ -258,10 +259,10 @@ def plan_replicas(
     dtype = str(options.get("dtype", made["dtype"]))
     per_token = model.kv_values_per_token * kv_width_bytes({}, dtype)
     model_len = whole(options, "max_model_len", model_len)
-    # Room for one longest row at least (vLLM refuses less), and no more than a full batch of longest rows could use.
+    # Room for one longest row at least (vLLM refuses less, and keeps a block for itself), and no more than a full batch could use.
     length = model_len if row_tokens is None else min(model_len, max(row_tokens + _ROW_SLACK, _SHORT_ROW))
     kv_bytes = min(profile.kv_cache_bytes or 1 << 62, per_token * length * whole(options, "max_num_seqs", profile.max_num_seqs))
-    kv_bytes = max(kv_bytes, int(LONGEST_ROW * per_token * model_len))
+    kv_bytes = max(kv_bytes, int(per_token * max(LONGEST_ROW * model_len, model_len + 2 * _LARGEST_BLOCK)))
     kv_bytes = whole(options, "kv_cache_memory_bytes", kv_bytes)
     made["kv_cache_memory_bytes"] = kv_bytes
     need = int(1.2 * model.weights_bytes / nodes) + kv_bytes + _ENGINE_OVERHEAD_BYTES

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from pipeline.flight import forget_flight
 from schemas.errors import EngineEvicted
 from schemas.errors import JobError
 from schemas.errors import TokenmillError
@@ -146,7 +147,7 @@ class WorkerConfig:
     def clear(self) -> None:
         """Forget what an earlier process of this replica left, but for its log."""
         self.status_path.unlink(missing_ok=True)
-        self.flight_path.unlink(missing_ok=True)
+        forget_flight(self.flight_path)
         shutil.rmtree(self.scratch_path, ignore_errors=True)
 
     @classmethod

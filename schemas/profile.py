@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -47,6 +48,15 @@ class Profile(Frozen):
     """CPU only: the first of these flags that the CPU has decides the dtype."""
     dtype: str = "auto"
     """Where no flag decides."""
+    options_by_cpu_flag: dict[str, dict[str, Any]] = {}
+    """CPU only: further options where the CPU has a flag; `options` win over them, and flags over those that come after them."""
+
+    def options_for(self, cpu_flags: Set[str]) -> dict[str, Any]:
+        """Those that a CPU's flags add."""
+        found: dict[str, Any] = {}
+        for flag, options in self.options_by_cpu_flag.items():
+            found = {**options, **found} if flag in cpu_flags else found
+        return found
 
     @property
     def usd_per_hour(self) -> float | None:

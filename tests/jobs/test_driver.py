@@ -95,6 +95,9 @@ class ScriptedCluster:
     def start_seconds(self) -> dict[str, float]:
         return {}
 
+    def loading_seconds(self) -> dict[str, float]:
+        return {}
+
     def evict(self) -> None:
         return
 
@@ -244,6 +247,46 @@ def test_a_unit_that_hangs_is_run_once_more_and_counted_once(accepted: Accepted,
     progress = Driver(accepted, cluster, clock=FakeClock(5.0)).run()
     assert (progress.state, progress.totals.units, progress.totals.rows, progress.failed) == ("complete", 10, 160, {})
     assert cluster.on == ["scripted"]
+
+
+class HoldingCluster(ScriptedCluster):
+    """One replica with room for the whole table, and others that load; answers what it has on demand."""
+
+    def __init__(self, loading: dict[str, float]) -> None:
+        super().__init__(lambda unit, attempt: report_of(unit), replicas=(ReplicaState(name="r0", window_rows=160),))
+        self._loading, self.held = loading, list[tuple[WorkUnit, Callable[[Result], None]]]()
+
+    def loading_seconds(self) -> dict[str, float]:
+        return self._loading
+
+    def submit(
+        self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
+    ) -> None:
+        self.held.append((unit, done))
+
+    def answer(self) -> None:
+        held, self.held = self.held, []
+        for unit, done in held:
+            done(report_of(unit))
+
+
+@pytest.mark.parametrize(
+    ("loading", "expected"),
+    [({}, 10), ({"r1": 3.0}, 5), ({"r1": 3.0, "r2": 4.0, "r3": 5.0}, 3), ({"r1": 300.0}, 10)],
+    ids=["nobody else", "one comes", "three come", "one that takes long"],
+)
+def test_whoever_is_up_first_leaves_its_share_of_a_small_table_to_those_that_come_soon(
+    accepted: Accepted, loading: dict[str, float], expected: int
+) -> None:
+    cluster, sent = HoldingCluster(loading), list[int]()
+
+    def look(progress: Progress) -> None:
+        sent.append(len(cluster.held))
+        cluster.answer()
+
+    progress = Driver(accepted, cluster).run(look)
+    assert sent[0] == expected
+    assert (progress.state, progress.totals.units) == ("complete", 10)  # those that never came are not waited for
 
 
 def test_every_unit_is_submitted_once_and_counted(accepted: Accepted) -> None:

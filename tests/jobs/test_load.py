@@ -187,7 +187,7 @@ def test_a_look_that_is_older_than_a_result_takes_nothing_back() -> None:
 def sent_at_once(load: Load, unsent: int) -> Counter[str | None]:
     """Rows by replica, ten at a time, until each has a window, or its share."""
     sent = Counter[str | None]()
-    while unsent and load.fewest_windows < 1.0 and not load.has_its_share:
+    while unsent > 0 and load.fewest_windows < 1.0 and not load.has_its_share:
         name = load.emptiest()
         sent[name] += 10
         load.send(name, 10)
@@ -196,34 +196,61 @@ def sent_at_once(load: Load, unsent: int) -> Counter[str | None]:
 
 
 def test_who_is_a_moment_ahead_does_not_take_what_is_left_for_all() -> None:
-    """Both had a hundred rows of fifty tokens; one is done, the other nearly."""
+    """Both had a batch of a hundred rows of fifty tokens; one is done, the other nearly."""
     load = Load()
-    load.look([replica("a"), replica("b")], 300)
-    assert sent_at_once(load, 300) == {"a": 100, "b": 100}
+    load.look([replica("a", window=200), replica("b", window=200)], 200)
+    assert sent_at_once(load, 200) == {"a": 100, "b": 100}
     load.take("a", 100, answered_rows=100, by="a")
-    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", tokens=4600)], 100)
+    load.look([replica("a", window=200, rows=100, tokens=5000, answered=5000), replica("b", window=200, tokens=4600)], 100)
     assert load.left("b") == 100
     assert sent_at_once(load, 100) == {"a": 60}  # of the 100, and the 8 that the other has before it
     load.take("b", 100, answered_rows=100, by="b")
-    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", rows=100, tokens=5000, answered=5000)], 40)
+    done = [replica(name, window=200, rows=100, tokens=5000, answered=5000) for name in "ab"]
+    load.look(done, 40)
     assert sent_at_once(load, 40) == {"b": 40}
+
+
+def test_a_look_from_before_a_result_does_not_make_new_rows_look_begun() -> None:
+    load = Load()
+    load.look([replica("a", window=200), replica("b", window=200)], 200)
+    sent_at_once(load, 200)
+    before = [replica("a", window=200, rows=40, tokens=4800, answered=2000), replica("b", window=200, rows=40, tokens=4800, answered=2000)]
+    load.look(before, 100)
+    load.hear("a", reading("a", 100, tokens=5000))
+    load.take("a", 100, answered_rows=100, by="a")
+    sent = sent_at_once(load, 100)
+    assert sent == {"a": 60}
+    load.look(before, 40)  # the same heartbeat still
+    assert sent_at_once(load, 40) == {}
+    assert load.has_its_share
 
 
 def test_rows_that_are_only_begun_are_waited_for_by_nobody() -> None:
     load = Load()
-    load.look([replica("a"), replica("b")], 300)
-    sent_at_once(load, 300)
+    load.look([replica("a", window=200), replica("b", window=200)], 200)
+    sent_at_once(load, 200)
     load.take("a", 100, answered_rows=100, by="a")
-    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", tokens=100)], 100)
+    load.look([replica("a", window=200, rows=100, tokens=5000, answered=5000), replica("b", window=200, tokens=100)], 100)
     assert sent_at_once(load, 100) == {"a": 100}
+
+
+def test_the_share_of_a_replica_that_is_up_soon_is_kept_for_it() -> None:
+    load = Load()
+    load.look([replica("a", window=256)], 384, 1)
+    assert sent_at_once(load, 384) == {"a": 200}
+    load.look([replica("a", window=256), replica("b", window=256)], 184)
+    assert sent_at_once(load, 184) == {"b": 190}
+    alone = Load()
+    alone.look([replica("a", window=256)], 384)
+    assert sent_at_once(alone, 384) == {"a": 260}
 
 
 def test_far_from_the_end_every_replica_gets_its_window_whatever_others_have_done() -> None:
     load = Load()
     load.look([replica("a"), replica("b")], 10_000)
-    sent_at_once(load, 10_000)
+    assert sent_at_once(load, 10_000) == {"a": 100, "b": 100}
     load.take("a", 100, answered_rows=100, by="a")
-    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", tokens=4900)], 9_800)
+    load.look([replica("a", rows=100, tokens=5000, answered=5000), replica("b", tokens=2400)], 9_800)
     assert sent_at_once(load, 9_800) == {"a": 100}
 
 
@@ -249,12 +276,11 @@ def test_a_replica_with_nothing_before_it_may_have_a_unit_without_rows() -> None
 
 def test_a_result_takes_its_rows_off_what_was_begun() -> None:
     load = Load()
-    load.look([replica("a"), replica("b")], 300)
-    sent_at_once(load, 300)
-    before = [replica("a", rows=40, tokens=4800, answered=2000), replica("b", rows=40, tokens=4800, answered=2000)]
+    load.look([replica("a", window=200), replica("b", window=200)], 200)
+    sent_at_once(load, 200)
+    before = [replica("a", window=200, rows=40, tokens=4800, answered=2000), replica("b", window=200, rows=40, tokens=4800, answered=2000)]
     load.look(before, 20)  # of the sixty rows that each has, 56 rows' worth is generated
     load.hear("a", reading("a", 96, tokens=4800))  # but those are answered by now, and four are left
-    assert not load.has_its_share
     assert sent_at_once(load, 20) == {"a": 10}
 
 
@@ -263,3 +289,5 @@ def test_what_is_begun_is_measured_in_rows_of_the_usual_length() -> None:
     assert begun_rows([replica("a", tokens=500), ReplicaState(name="mute", window_rows=8)]) == {"a": 0.0, "mute": 0.0}
     known = [replica("a", rows=10, tokens=700, answered=500), replica("b", rows=30, tokens=1400, answered=1500)]
     assert begun_rows(known) == {"a": 4.0, "b": 0.0}
+    threw_away = replica("a", window=100, rows=10, tokens=70_000, answered=500)
+    assert begun_rows([threw_away]) == {"a": 50.0}

@@ -58,6 +58,29 @@ def test_a_plan_of_an_earlier_version_does_not_say(make_job: MakeJob, write_tabl
     assert row_tokens(Plan(units=(), prompt_bytes=5), job) is None
 
 
+def test_few_long_texts_many_times_over_say_nothing_of_rows_lengths(make_job: MakeJob, write_table: WriteTable) -> None:
+    """Parquet stores each of them once."""
+    write_table(
+        [
+            {
+                "prompt": f"question {index:06d} of this table, in some words that make it as long as questions are",
+                "doc": "text " * 400 + str(index % 4),
+            }
+            for index in range(2000)
+        ]
+    )
+    short, documents = make_job(), make_job(input={"prompt": "{prompt} {doc}"})
+    assert row_tokens(make_plan(short)[0], short) is not None
+    plan, _ = make_plan(documents)
+    assert (plan.prompt_bytes, row_tokens(plan, documents)) == (0, None)
+
+
+def test_a_conversations_roles_do_not_hide_how_long_its_messages_are(make_job: MakeJob, write_table: WriteTable) -> None:
+    write_table([{"chat": [{"role": "user", "content": f"{index:08d}" * 40}]} for index in range(500)])
+    job = make_job(input={"prompt": {"messages": "chat"}})
+    assert row_tokens(make_plan(job)[0], job) == pytest.approx(160 + 8, rel=0.1)
+
+
 def test_a_run_and_its_resume_get_a_cache_for_rows_of_that_length(
     make_job: MakeJob, write_table: WriteTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

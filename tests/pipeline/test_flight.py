@@ -14,6 +14,7 @@ import pytest
 from pipeline.flight import Flight
 from pipeline.flight import FlightRecorder
 from pipeline.flight import Tag
+from pipeline.flight import forget_flight
 from pipeline.flight import is_hung
 from pipeline.flight import read_flight
 
@@ -50,6 +51,33 @@ def test_units_of_several_jobs_are_told_apart_and_a_unit_costs_no_write(path: Pa
     found = read_flight(path)
     assert found is not None
     assert found.rows == {**{tag: frozenset({position}) for position, tag in enumerate(jobs)}, later: frozenset({9})}
+
+
+def test_a_job_whose_name_found_the_disk_full_is_written_with_the_next_unit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = FlightRecorder(path, 8)
+    with monkeypatch.context() as full:
+
+        def refuse(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        full.setattr(Path, "write_text", refuse)
+        recorder.enter(recorder.mark(TAG), 1)
+    found = read_flight(path)
+    assert found is not None
+    assert not found.rows
+    recorder.mark(Tag(out_uri=TAG.out_uri, fingerprint=TAG.fingerprint, unit=9))
+    found = read_flight(path)
+    assert found is not None
+    assert found.rows == {TAG: frozenset({1})}
+
+
+def test_a_record_that_is_forgotten_is_none(path: Path) -> None:
+    recorder = FlightRecorder(path, 8)
+    recorder.enter(recorder.mark(TAG), 1)
+    forget_flight(path)
+    assert read_flight(path) is None
+    assert list(path.parent.iterdir()) == []
+    forget_flight(path)
 
 
 def test_a_slot_is_used_again_and_rows_beyond_the_slots_are_not_recorded(path: Path) -> None:

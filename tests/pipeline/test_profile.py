@@ -106,8 +106,8 @@ def test_the_cache_has_room_for_one_longest_row_at_least() -> None:
 def test_the_cache_is_no_larger_than_a_full_batch_can_use() -> None:
     assert plan(CPU, machine(2), replace(MODEL, max_position_embeddings=128)).options["kv_cache_memory_bytes"] == 64 * 128 * 10_000 * 4
     assert (
-        plan(CPU, machine(2), replace(MODEL, max_position_embeddings=128), max_num_seqs=2).options["kv_cache_memory_bytes"]
-        == 2 * 128 * 40_000
+        plan(CPU, machine(2), replace(MODEL, max_position_embeddings=128), max_num_seqs=4).options["kv_cache_memory_bytes"]
+        == 4 * 128 * 40_000
     )
 
 
@@ -118,7 +118,7 @@ def test_the_cache_is_no_larger_than_a_full_batch_can_use() -> None:
         (800, {"max_num_seqs": 16}, 16 * (800 + 192)),
         (100, {"max_num_seqs": 16}, 16 * 512),
         (5000, {"max_num_seqs": 16}, 16 * 2048),
-        (100, {"max_num_seqs": 2}, 1.05 * 2048),
+        (100, {"max_num_seqs": 2}, 2048 + 2 * 128),
         (100, {"max_num_seqs": 16, "kv_cache_memory_bytes": 10**8 * 4}, 10_000),
     ],
     ids=["nobody knows", "long rows", "short rows", "longer than the model takes", "room for one longest row", "as the user says"],
@@ -128,6 +128,20 @@ def test_the_cache_is_no_larger_than_a_batch_of_the_jobs_rows_fills(
 ) -> None:
     made = plan_replicas(CPU, machine(2), MODEL, replicas=None, options=options, row_tokens=row_tokens)
     assert made.options["kv_cache_memory_bytes"] == int(expected * 40_000)
+
+
+def test_a_flag_of_the_cpu_adds_options_that_the_profiles_own_and_the_users_win_over() -> None:
+    by_flag = {"amx_bf16": {"block_size": 32, "enforce_eager": False}, "avx2": {"block_size": 16, "max_num_partial_prefills": 2}}
+    profile = CPU.model_copy(update={"options_by_cpu_flag": by_flag})
+
+    def made(*flags: str, **options: Any) -> dict[str, Any]:
+        found = plan(profile, machine(2, cpu_flags=frozenset(flags)), **options).options
+        return {name: found[name] for name in ("block_size", "max_num_partial_prefills", "enforce_eager") if name in found}
+
+    assert made() == {"enforce_eager": True}
+    assert made("amx_bf16") == {"block_size": 32, "enforce_eager": True}
+    assert made("avx2", "amx_bf16") == {"block_size": 32, "max_num_partial_prefills": 2, "enforce_eager": True}
+    assert made("amx_bf16", block_size=64) == {"block_size": 64, "enforce_eager": True}
 
 
 def test_more_rows_than_the_profile_has_room_for_get_no_larger_cache() -> None:

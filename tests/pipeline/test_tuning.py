@@ -143,7 +143,7 @@ def test_a_setting_too_slow_for_the_time_left_gives_way_to_a_quicker_start() -> 
         asked.append(step.next)
         outcomes[step.next.key] = Outcome(state="done", output_tokens_per_s=90.0, start_s=20.0, run_s=10.0)
     assert asked
-    assert all(setting.replicas == 1 and setting.get("enforce_eager") for setting in asked)
+    assert all(setting.get("enforce_eager") for setting in asked)
 
 
 def test_a_setting_that_is_up_sooner_is_named_with_the_tokens_from_which_it_loses() -> None:
@@ -185,7 +185,7 @@ def test_the_expected_time_counts_starts_replicas_and_compiling() -> None:
     where = space()
     seen = {where.start.key: Outcome(state="done", output_tokens_per_s=100.0, start_s=20.0, run_s=8.0)}
     assert expected_s(where.start, seen) == pytest.approx(30.0)
-    assert expected_s(where.start.but(replicas=2), seen) == pytest.approx(50.0)
+    assert expected_s(where.start.but(replicas=2), seen) == pytest.approx(30.0)  # they start together
     assert expected_s(where.start.but(enforce_eager=False), seen) > 100
 
 
@@ -261,6 +261,27 @@ def test_a_dtype_without_arithmetic_of_its_own_is_not_tried() -> None:
     assert space().dtypes == ("float32", "bfloat16")
     assert space(replace(CPU, cpu_flags=frozenset({"sse2", "avx512_fp16"}))).dtypes == ("float16", "bfloat16", "float32")
     assert set(space(replace(CPU, cpu_flags=frozenset({"asimd"}))).dtypes) == {"float16", "bfloat16", "float32"}
+    assert space(replace(CPU, cpu_flags=frozenset({"sse2", "avx512_fp16", "amx_bf16"}))).dtypes == ("bfloat16",)
+
+
+def dtypes_tried(where: Space) -> set[Any]:
+    _, outcomes = search(where, lambda setting: 100.0)
+    return {setting.get("dtype") for setting in map(parse_key, outcomes) if not setting.defaults}
+
+
+def test_with_amx_bfloat16_alone_is_tried_also_where_a_profile_begins_with_another() -> None:
+    amx = replace(CPU, cpu_flags=frozenset({"sse2", "amx_bf16"}))
+    assert dtypes_tried(space(amx)) == {"bfloat16"}
+    base = load_profile("auto", amx).model_copy(update={"dtype": "float32", "dtype_by_cpu_flag": {}})
+    assert dtypes_tried(space_for(amx, base, (MODEL,), options={}, rows=512, tokens_per_row=1024)) == {"float32", "bfloat16"}
+
+
+def test_blocks_of_every_size_but_those_of_now_are_tried() -> None:
+    def sizes(machine: Machine) -> list[Any]:
+        return [change["block_size"] for change in space(machine).rest if "block_size" in change]
+
+    assert sizes(CPU) == [64, 32]
+    assert sizes(replace(CPU, cpu_flags=frozenset({"amx_bf16"}))) == [64, 128]
 
 
 def test_the_engines_defaults_have_nothing_of_ours_but_a_bound_on_memory() -> None:
