@@ -44,7 +44,7 @@ _LOOK_S = 1.0
 _STRAGGLE_S = 600.0
 """A node that comes so much later than the first one is not waited for by a preflight, and gets units unmeasured."""
 _SETTLE_S = 20.0
-"""A node's replicas come up one after the other, and their starts would disturb what is measured."""
+"""A node's replicas do not come up at the same moment, and their starts would disturb what is measured."""
 LISTEN = "tls://0.0.0.0:0"
 """Any free port: several drivers may share a node, and the rendezvous says which one it is."""
 
