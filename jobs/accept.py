@@ -113,7 +113,7 @@ def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
     inside = [uri for uri in plan.objects if uri.startswith(out_uri.rstrip("/") + "/") and not uri.startswith(staged)]
     if inside:
         raise JobError(f"output.uri: the input {inside[0]} lies inside the output {out_uri}; choose another output folder")
-    first_cut = None if stored else _cut(job, model, {}, plan, plan.num_rows)
+    first_cut = None if stored else cut_for(job, model, {}, plan, plan.num_rows)
     numerics = stored_numerics(stored) if stored else _numerics(first_cut, job)
     record = make_record(job, plan, schema, model, numerics)
     if stored is not None and stored_plan is None and record.fingerprint != stored.fingerprint and not list_parts(out_uri, "")[1]:
@@ -140,7 +140,7 @@ def accept(job: JobSpec, *, taken: Taken = frozenset()) -> Accepted:
     elif first_cut is not None and not done:
         cut = first_cut  # looking at the machine takes a while where it has GPUs
     else:
-        cut = _cut(job, model, numerics, plan, sum(left))
+        cut = cut_for(job, model, numerics, plan, sum(left))
     return Accepted(
         job=job,
         record=record,
@@ -172,11 +172,11 @@ def row_tokens(plan: Plan, job: JobSpec) -> int | None:
     return math.ceil((plan.prompt_bytes / plan.num_rows + len(fixed.encode())) / _FEWEST_BYTES_PER_TOKEN) + job.sampling.max_tokens
 
 
-def _cut(job: JobSpec, model: Model, numerics: Mapping[str, Any], plan: Plan, rows: int) -> ReplicaPlan | None:
-    """For so many rows of a plan; None where the nodes of a cluster decide."""
+def cut_for(job: JobSpec, model: Model, numerics: Mapping[str, Any], plan: Plan, rows: int | None) -> ReplicaPlan | None:
+    """This machine's engines for so many rows of a plan, or for no end of them; None where the nodes of a cluster decide."""
     if job.cluster.kind in ("address", "azure-batch"):
         return None
-    most = rows * job.sampling.n * job.sampling.max_tokens
+    most = None if rows is None else rows * job.sampling.n * job.sampling.max_tokens
     length = row_tokens(plan, job)
     return cut_machine(job.engine, model, replicas=job.cluster.replicas, numerics=numerics, output_tokens=most, row_tokens=length)
 

@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 
 from jobs.accept import Accepted
 from jobs.accept import accept
-from jobs.accept import row_tokens
+from jobs.accept import cut_for
 from pipeline.engine.engine import Request
 from pipeline.profile import ReplicaPlan
-from pipeline.profile import cut_machine
 from pipeline.prompts import read_prompts
 from pipeline.read import read_unit
 from pipeline.render import Renderer
@@ -60,8 +59,7 @@ def accept_for_bench(job: JobSpec, folder: Path, num_rows: int | None = None) ->
 
 def _accept(job: JobSpec) -> Accepted:
     accepted = accept(job)
-    length = row_tokens(accepted.plan, job)
-    return replace(accepted, cut=cut_machine(job.engine, accepted.model, replicas=job.cluster.replicas, row_tokens=length))
+    return replace(accepted, cut=cut_for(job, accepted.model, {}, accepted.plan, None))
 
 
 def into(job: JobSpec, folder: Path) -> JobSpec:
