@@ -165,11 +165,11 @@ def wants_json(job: JobSpec) -> bool:
 
 def row_tokens(plan: Plan, job: JobSpec) -> int | None:
     """No shorter than most of its rows with their completions, taking two bytes of prompt for a token; None where nothing says."""
-    if job.input.sampling is not None or not (plan.prompt_bytes and plan.num_rows):
+    if job.input.sampling is not None or plan.row_bytes is None:
         return None
     source = job.input.source
     fixed = (source.template if isinstance(source, PromptTemplate) else "") + (job.input.system or "")
-    return math.ceil((plan.prompt_bytes / plan.num_rows + len(fixed.encode())) / _FEWEST_BYTES_PER_TOKEN) + job.sampling.max_tokens
+    return math.ceil((plan.row_bytes + len(fixed.encode())) / _FEWEST_BYTES_PER_TOKEN) + job.sampling.max_tokens
 
 
 def cut_for(job: JobSpec, model: Model, numerics: Mapping[str, Any], plan: Plan, rows: int | None) -> ReplicaPlan | None:

@@ -61,7 +61,7 @@ _MAX_LOSSES = 30
 _LOSS_WAIT_S = 2.0
 """Before a unit whose replica went away is tried again: what was in its engine is stored meanwhile."""
 _SOON_S = 30.0
-"""A replica that has been loading for less is taken to be up soon, and its share of a small table is kept for it."""
+"""For so long after the first replica the others are taken to be up soon, and their share of a small table is kept for them."""
 _USUAL_OF = 64
 """Latest units whose median time is the usual one."""
 _SLOW_FACTOR = 3.0
@@ -214,6 +214,8 @@ class Driver:
         self._stop: BaseException | None = None
         self._load = Load()
         self._wanted_windows, self._num_nodes = 1.0, 0
+        self._first_at: float | None = None
+        """When the first replica was seen."""
         self._next_look = -math.inf
         self._rows_left = sum(unit.num_rows for unit in accepted.todo)
         self._next_control = 0.0
@@ -322,12 +324,18 @@ class Driver:
             if replica.ledger is not None:
                 self._accounts.hear(replica.name, replica.ledger, now)
         flying = sum(flight.unit.num_rows for flight in self._flying.values())
-        coming = sum(seconds < _SOON_S for seconds in self._cluster.loading_seconds().values())
-        self._load.look(replicas, engine_rows(max(0, self._rows_left - flying), progress.totals), coming)
+        self._load.look(replicas, engine_rows(max(0, self._rows_left - flying), progress.totals), self._num_coming(replicas, now))
         self._num_nodes = num_nodes(replicas)
         expected = self._cluster.num_replicas
         wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
         self._wanted_windows = wanted / max(1, sum(replica.window_rows for replica in replicas))
+
+    def _num_coming(self, replicas: Sequence[ReplicaState], now: float) -> int:
+        """Those of a cluster are started together, and come up within moments of each other, or much later."""
+        if replicas and self._first_at is None:
+            self._first_at = now
+        soon = self._first_at is not None and now < self._first_at + _SOON_S
+        return max(0, self._cluster.num_replicas - len(replicas)) if soon else 0
 
     def _look_at_caps(self, now: float) -> None:
         progress, node_seconds = self.progress, self._node_seconds

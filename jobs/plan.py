@@ -54,10 +54,8 @@ _FIELDS: list[pa.Field[Any]] = [
     pa.field("position", pa.int64()),
 ]
 _PLAN_SCHEMA = pa.schema(_FIELDS)
-_DISTINCT_BYTES = 64
-"""Of a row: a column that a dictionary makes smaller than this may hold long texts many times."""
 _META_SKIPPED = b"tokenmill.skipped"
-_META_PROMPT_BYTES = b"tokenmill.prompt_bytes"
+_META_ROW_BYTES = b"tokenmill.row_bytes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +65,8 @@ class RowGroup:
     num_rows: int
     size_bytes: int
     prompt_bytes: int
-    repeats: bool = False
-    """Whether a column of the prompt may hold few distinct texts, each of which Parquet stores once: then its size says nothing."""
+    row_bytes: float | None = None
+    """Of one row's prompt, about; None where nothing says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +90,8 @@ class Plan:
     units: tuple[WorkUnit, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     """Objects that give no rows, each with the reason."""
-    prompt_bytes: int = 0
-    """Of all columns that prompts are made of, uncompressed; 0 where that says nothing of prompts' lengths, or an earlier version made
-    the plan.
-    """
+    row_bytes: float | None = None
+    """Of one row's prompt, about; None where nothing says, or an earlier version made the plan."""
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +121,7 @@ class Plan:
                     }
                 )
         table = pa.Table.from_pylist(rows, schema=_PLAN_SCHEMA)
-        said = {_META_SKIPPED: json.dumps(self.skipped).encode(), _META_PROMPT_BYTES: str(self.prompt_bytes).encode()}
+        said = {_META_SKIPPED: json.dumps(self.skipped).encode(), _META_ROW_BYTES: json.dumps(self.row_bytes).encode()}
         table = table.replace_schema_metadata(said)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
@@ -146,7 +142,7 @@ class Plan:
         said = table.schema.metadata or {}
         skipped = tuple((uri, reason) for uri, reason in json.loads(said.get(_META_SKIPPED, b"[]")))
         units = tuple(WorkUnit(index=index, ranges=tuple(parts)) for index, parts in sorted(ranges.items()))
-        return cls(units=units, skipped=skipped, prompt_bytes=int(said.get(_META_PROMPT_BYTES, b"0")))
+        return cls(units=units, skipped=skipped, row_bytes=json.loads(said.get(_META_ROW_BYTES, b"null")))
 
 
 def list_input(spec: InputSpec) -> list[storage.ObjectInfo]:
@@ -199,8 +195,7 @@ def make_plan(job: JobSpec, taken: Taken = frozenset()) -> tuple[Plan, pa.Schema
     skipped += [(item.uri, "it has no rows") for item in objects if not item.num_rows]
     units = cut(objects, max_tokens=job.sampling.max_tokens, canary=job.canary)
     groups = [group for item in objects for group in item.row_groups]
-    prompt_bytes = 0 if any(group.repeats for group in groups) else sum(group.prompt_bytes for group in groups)
-    return Plan(units=units, skipped=tuple(skipped), prompt_bytes=prompt_bytes), schema
+    return Plan(units=units, skipped=tuple(skipped), row_bytes=mean_row_bytes(groups)), schema
 
 
 def _look_at(item: storage.ObjectInfo, wanted: set[str]) -> InputObject | tuple[str, str]:
@@ -223,17 +218,37 @@ def _row_groups(metadata: pq.FileMetaData, wanted: set[str]) -> tuple[RowGroup, 
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         columns = [group.column(number) for number in range(group.num_columns)]
-        sizes: dict[str, int] = dict.fromkeys(wanted, 0)
-        encoded = set()
-        for column in columns:
-            if (name := column.path_in_schema.split(".", 1)[0]) in wanted:
-                sizes[name] += column.total_uncompressed_size
-                encoded |= {name} if column.has_dictionary_page else set()
-        repeats = any(sizes[name] < _DISTINCT_BYTES * group.num_rows for name in encoded)
+        ours = [column for column in columns if column.path_in_schema.split(".", 1)[0] in wanted]
+        each = [_row_bytes(column, group.num_rows) for column in ours]
         groups.append(
-            RowGroup(num_rows=group.num_rows, size_bytes=group.total_byte_size, prompt_bytes=sum(sizes.values()), repeats=repeats)
+            RowGroup(
+                num_rows=group.num_rows,
+                size_bytes=group.total_byte_size,
+                prompt_bytes=sum(column.total_uncompressed_size for column in ours),
+                row_bytes=None if None in each else sum(size or 0.0 for size in each),
+            )
         )
     return tuple(groups)
+
+
+def _row_bytes(column: pq.ColumnChunkMetaData, num_rows: int) -> float | None:
+    """Of a row's value, about: the mean or, as Parquet stores equal texts once, the longer one of the least and the greatest text."""
+    mean = column.total_uncompressed_size / max(1, num_rows)
+    if column.physical_type != "BYTE_ARRAY" or not column.has_dictionary_page:
+        return mean
+    found = column.statistics
+    if found is None or not found.has_min_max:
+        return None if found is None or found.null_count != column.num_values else mean
+    return max(mean, len(found.min_raw), len(found.max_raw))  # as bytes: not every text is UTF-8
+
+
+def mean_row_bytes(groups: Sequence[RowGroup]) -> float | None:
+    """Over the rows of all; None where one of them does not say, or there is no row."""
+    known = [(group.row_bytes, group.num_rows) for group in groups if group.row_bytes is not None and group.num_rows]
+    rows = sum(count for _, count in known)
+    if not rows or any(group.row_bytes is None and group.num_rows for group in groups):
+        return None
+    return sum(size * count for size, count in known) / rows
 
 
 def common_schema(objects: Sequence[InputObject], spec: InputSpec) -> pa.Schema:

@@ -137,6 +137,7 @@ def tune(
                 replicas=job.cluster.replicas,
                 rows=len(requests),
                 tokens_per_row=longest_of(requests),
+                row_tokens=longest_of(sample),
                 shared_share=shared_share([request.token_ids for request in requests], block=_BLOCK_TOKENS),
                 kv_cache_dtypes=kv_cache_dtypes,
             )

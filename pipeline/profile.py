@@ -42,7 +42,7 @@ _ENGINE_OVERHEAD_BYTES = 2 << 30
 _SHORT_ROW = 512
 """Tokens that there is room for in each row of a batch, however short they are said to be."""
 _LARGEST_BLOCK = 128
-"""Tokens."""
+"""Tokens; the engine's own choice on CPUs, and ours are no larger."""
 _ROW_SLACK = 64 + _LARGEST_BLOCK
 """Tokens of a row that nobody counted: a chat template's own, and the empty part of its last block."""
 ALLOCATORS = ("tcmalloc", "mimalloc", "tbbmalloc", "jemalloc")
@@ -207,7 +207,7 @@ def cut_machine(
         return ReplicaPlan(profile="simulated", replicas=replicas or 1, options=options, nodes=options["nnodes"])
     machine = this_machine()
     tuned = find_tuned(model.weights_digest, node_kind(machine)) if engine.profile == "auto" else None
-    sooner = tuned.sooner if tuned is not None and output_tokens is not None else ()
+    sooner = tuned.sooner if tuned is not None else ()
     quick = next((one.profile for one in sooner if output_tokens is not None and output_tokens < one.below_tokens), None)
     profile = quick or (tuned.profile if tuned is not None else load_profile(engine.profile, machine))
     plan = plan_replicas(profile, machine, model, replicas=replicas, options=options, row_tokens=row_tokens, most_nodes=most_nodes)
@@ -247,11 +247,10 @@ def plan_replicas(
         **(profile.options_for(machine.cpu_flags) if profile.device == "cpu" else {}),
         **profile.options,
     }
-    replicas = replicas or profile.replicas
     if profile.device == "gpu":
-        return _plan_gpus(profile, machine, model, replicas, options, made, most_nodes)
+        return _plan_gpus(profile, machine, model, replicas or profile.replicas, options, made, most_nodes)
     nodes = asked_span(options).nodes
-    _check_span(Span(devices=1, nodes=nodes), most_nodes, replicas)
+    _check_span(Span(devices=1, nodes=nodes), most_nodes, replicas or profile.replicas)
     if nodes > 1:
         # vLLM 0.32 makes what passes between stages where it warms up for compiled code; without, its CPU runner stops at the first row.
         replicas, made = 1, made | {"distributed_executor_backend": "mp", "enforce_eager": False}
@@ -276,7 +275,8 @@ def plan_replicas(
             "set engine.options.max_model_len lower, or take a smaller model"
         )
     threads = min(profile.cores_per_replica or machine.cores, machine.cores)
-    count = replicas or max(1, min(machine.cores // threads, fit))
+    # Its own number a profile may have from rows that are shorter than these.
+    count = replicas or max(1, min(profile.replicas or machine.cores // threads, fit))
     environment = {**profile.environment, "OMP_NUM_THREADS": str(max(1, machine.cores // count))}
     wanted = [name for name in ALLOCATORS if name in machine.libraries][:1] if profile.preload is None else profile.preload
     if paths := [machine.libraries[name] for name in wanted if name in machine.libraries]:

@@ -31,8 +31,6 @@ BETTER = 1.02
 """A setting replaces the best one only if it is quicker by more than what two runs of the same differ by."""
 RUNGS = ((0.25, 0.60), (0.50, 0.80))
 """Share of a trial's tokens, and share of the best setting's speed up to there below which the trial ends."""
-_ENGINES_OWN_START = 4.0
-"""The engine's defaults compile and start processes of their own: 120 s against 30 s for ours, on two cores."""
 _COMPILE_S = 75.0
 _FIRST_START_S = 40.0
 """Where nothing was started yet."""
@@ -246,8 +244,6 @@ def expected_s(setting: Setting, outcomes: Mapping[str, Outcome]) -> float:
     start_s = max(alike, default=_FIRST_START_S)
     runs = [outcome.run_s for outcome in ours.values() if outcome.state == "done"]
     run_s = min(runs, default=_FIRST_START_S) / RUNGS[-1][1]
-    if setting.defaults:
-        return start_s * _ENGINES_OWN_START + 3 * run_s
     if compiles(setting):  # then once more, as runs will start
         start_s = 2 * start_s + _COMPILE_S
     return start_s + run_s
@@ -292,15 +288,17 @@ def space_for(
     replicas: int | None = None,
     rows: int,
     tokens_per_row: int,
+    row_tokens: int | None = None,
     shared_share: float = 0.0,
     kv_cache_dtypes: Sequence[str] = (),
 ) -> Space:
     """What is worth trying on a machine; what the user says, options or replicas, stays as it is.
 
-    `tokens_per_row` is the longest prompt and completion together, `shared_share` how much of the prompts' tokens begin another
-    prompt, too. KV types that lose precision are for the caller to allow. Raises JobError where the model fits nowhere.
+    `tokens_per_row` is the longest prompt and completion together, `row_tokens` what a run would take it for, `shared_share` how much of
+    the prompts' tokens begin another prompt, too. KV types that lose precision are for the caller to allow. Raises JobError where the
+    model fits nowhere.
     """
-    plan = plan_replicas(base, machine, models[0], replicas=replicas, options=dict(options))
+    plan = plan_replicas(base, machine, models[0], replicas=replicas, options=dict(options), row_tokens=row_tokens)
     given = {**base.options_for(machine.cpu_flags), **base.options}
     own = {name for name, value in given.items() if isinstance(value, str | int | float)}  # nothing to vary in the others
     free = {name: value for name, value in plan.options.items() if name in {*_FIELDS, *own} and name not in options}

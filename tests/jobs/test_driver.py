@@ -95,9 +95,6 @@ class ScriptedCluster:
     def start_seconds(self) -> dict[str, float]:
         return {}
 
-    def loading_seconds(self) -> dict[str, float]:
-        return {}
-
     def evict(self) -> None:
         return
 
@@ -250,14 +247,15 @@ def test_a_unit_that_hangs_is_run_once_more_and_counted_once(accepted: Accepted,
 
 
 class HoldingCluster(ScriptedCluster):
-    """One replica with room for the whole table, and others that load; answers what it has on demand."""
+    """One replica with room for the whole table where several are expected; answers what it has on demand."""
 
-    def __init__(self, loading: dict[str, float]) -> None:
+    def __init__(self, expected: int) -> None:
         super().__init__(lambda unit, attempt: report_of(unit), replicas=(ReplicaState(name="r0", window_rows=160),))
-        self._loading, self.held = loading, list[tuple[WorkUnit, Callable[[Result], None]]]()
+        self._expected, self.held = expected, list[tuple[WorkUnit, Callable[[Result], None]]]()
 
-    def loading_seconds(self) -> dict[str, float]:
-        return self._loading
+    @property
+    def num_replicas(self) -> int:
+        return self._expected
 
     def submit(
         self, out_uri: str, fingerprint: str, unit: WorkUnit, attempt: int, done: Callable[[Result], None], on: str | None = None
@@ -270,23 +268,31 @@ class HoldingCluster(ScriptedCluster):
             done(report_of(unit))
 
 
-@pytest.mark.parametrize(
-    ("loading", "expected"),
-    [({}, 10), ({"r1": 3.0}, 5), ({"r1": 3.0, "r2": 4.0, "r3": 5.0}, 3), ({"r1": 300.0}, 10)],
-    ids=["nobody else", "one comes", "three come", "one that takes long"],
-)
+@pytest.mark.parametrize(("expected", "first"), [(1, 10), (2, 5), (4, 3)])
 def test_whoever_is_up_first_leaves_its_share_of_a_small_table_to_those_that_come_soon(
-    accepted: Accepted, loading: dict[str, float], expected: int
+    accepted: Accepted, expected: int, first: int
 ) -> None:
-    cluster, sent = HoldingCluster(loading), list[int]()
+    cluster, sent = HoldingCluster(expected), list[int]()
 
     def look(progress: Progress) -> None:
         sent.append(len(cluster.held))
         cluster.answer()
 
     progress = Driver(accepted, cluster).run(look)
-    assert sent[0] == expected
+    assert sent[0] == first
     assert (progress.state, progress.totals.units) == ("complete", 10)  # those that never came are not waited for
+
+
+def test_a_replica_that_does_not_come_soon_gets_no_share(accepted: Accepted) -> None:
+    cluster, sent = HoldingCluster(2), list[int]()
+
+    def look(progress: Progress) -> None:
+        sent.append(len(cluster.held))
+        cluster.answer()
+
+    progress = Driver(accepted, cluster, clock=FakeClock(40.0)).run(look)  # it is looked at several times a turn
+    assert sent[:2] == [5, 5]
+    assert progress.state == "complete"
 
 
 def test_every_unit_is_submitted_once_and_counted(accepted: Accepted) -> None:

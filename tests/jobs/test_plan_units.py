@@ -163,13 +163,13 @@ def a_plan() -> Plan:
 
 
 def test_a_plan_comes_back_from_parquet_as_it_was() -> None:
-    for plan in (a_plan(), replace(a_plan(), prompt_bytes=77)):
+    for plan in (a_plan(), replace(a_plan(), row_bytes=77.5)):
         assert Plan.from_parquet(plan.to_parquet()) == plan
 
 
 def test_a_plan_of_an_earlier_version_comes_back_without_the_size_of_its_prompts() -> None:
-    table = pq.read_table(io.BytesIO(replace(a_plan(), prompt_bytes=77).to_parquet()))
-    metadata = {key: value for key, value in table.schema.metadata.items() if b"prompt" not in key}
+    table = pq.read_table(io.BytesIO(replace(a_plan(), row_bytes=77.5).to_parquet()))
+    metadata = {key: value for key, value in table.schema.metadata.items() if b"row_bytes" not in key}
     earlier = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), earlier)
     assert Plan.from_parquet(earlier.getvalue()) == a_plan()

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from jobs.accept import accept
 from jobs.accept import row_tokens
 from jobs.accept import store
-from jobs.plan import Plan
+from jobs.plan import RowGroup
 from jobs.plan import make_plan
+from jobs.plan import mean_row_bytes
 from pipeline.profile import Machine
 from schemas.job import JobSpec
 
@@ -54,11 +56,10 @@ def test_a_plan_of_an_earlier_version_does_not_say(make_job: MakeJob, write_tabl
     write_table(rows(10, 80))
     job = make_job()
     plan, _ = make_plan(job)
-    assert row_tokens(replace(plan, prompt_bytes=0), job) is None
-    assert row_tokens(Plan(units=(), prompt_bytes=5), job) is None
+    assert row_tokens(replace(plan, row_bytes=None), job) is None
 
 
-def test_few_long_texts_many_times_over_say_nothing_of_rows_lengths(make_job: MakeJob, write_table: WriteTable) -> None:
+def test_few_long_texts_many_times_over_count_as_long_as_they_are(make_job: MakeJob, write_table: WriteTable) -> None:
     """Parquet stores each of them once."""
     write_table(
         [
@@ -72,7 +73,38 @@ def test_few_long_texts_many_times_over_say_nothing_of_rows_lengths(make_job: Ma
     short, documents = make_job(), make_job(input={"prompt": "{prompt} {doc}"})
     assert row_tokens(make_plan(short)[0], short) is not None
     plan, _ = make_plan(documents)
-    assert (plan.prompt_bytes, row_tokens(plan, documents)) == (0, None)
+    known = row_tokens(plan, documents)
+    assert known is not None
+    assert known > 2000 / 2  # of the document alone
+
+
+def test_texts_too_long_for_parquets_statistics_leave_lengths_unknown(make_job: MakeJob, write_table: WriteTable) -> None:
+    write_table([{"prompt": "x" * 20_000 + str(index % 4)} for index in range(200)])
+    job = make_job()
+    assert row_tokens(make_plan(job)[0], job) is None
+
+
+@pytest.mark.parametrize("of", ["number", "label", "nothing"])
+def test_numbers_labels_and_nulls_in_a_template_are_as_short_as_they_are(make_job: MakeJob, write_table: WriteTable, of: str) -> None:
+    rows_of = [{"prompt": f"What is {index} times 7?", "number": index, "label": "ab"[index % 2], "nothing": None} for index in range(400)]
+    write_table(
+        pa.Table.from_pylist(
+            rows_of, pa.schema([("prompt", pa.string()), ("number", pa.int64()), ("label", pa.string()), ("nothing", pa.string())])
+        )
+    )
+    job = make_job(input={"prompt": f"{{prompt}} {{{of}}}"})
+    known = row_tokens(make_plan(job)[0], job)
+    assert known is not None
+    assert known < 60
+
+
+def test_the_mean_of_row_groups_is_by_their_rows_and_nothing_where_one_is_unknown() -> None:
+    def group(num_rows: int, row_bytes: float | None) -> RowGroup:
+        return RowGroup(num_rows=num_rows, size_bytes=0, prompt_bytes=0, row_bytes=row_bytes)
+
+    assert mean_row_bytes([]) is None
+    assert mean_row_bytes([group(1, 100.0), group(3, 20.0), group(0, None)]) == 40.0
+    assert mean_row_bytes([group(1, 100.0), group(3, None)]) is None
 
 
 def test_a_conversations_roles_do_not_hide_how_long_its_messages_are(make_job: MakeJob, write_table: WriteTable) -> None:

@@ -85,6 +85,17 @@ def test_memory_bounds_the_replicas_and_the_others_get_their_cores() -> None:
     assert (made.replicas, made.environment["OMP_NUM_THREADS"]) == (2, "8")
 
 
+def test_a_profiles_own_number_of_replicas_gives_way_to_memory_and_the_users_does_not() -> None:
+    """It may have been found with shorter rows, whose caches are smaller."""
+    tuned = CPU.model_copy(update={"replicas": 4})
+    one = 1.2 * GB + 2 * GB + (2 << 30)
+    where = machine(4, 2.5 * one / GB / 0.8)
+    assert plan(tuned, machine(4)).replicas == 4
+    assert (plan(tuned, where).replicas, plan(tuned, where).environment["OMP_NUM_THREADS"]) == (2, "2")
+    with pytest.raises(JobError, match=r"cluster\.replicas: 4 do not fit"):
+        plan(tuned, where, replicas=4)
+
+
 def test_a_machine_too_small_for_one_replica_is_refused_with_the_numbers() -> None:
     expected = r"one replica needs about 5.3 GB \(1.0 GB of weights, 2.0 GB of KV cache\), and 3.2 GB of this machine's memory may be used"
     with pytest.raises(JobError, match=expected):

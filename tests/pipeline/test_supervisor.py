@@ -45,6 +45,17 @@ def test_a_replica_that_does_not_start_is_named_while_others_still_do(tiny_model
         supervisor.close(at_once=True)
 
 
+def test_a_replica_that_starts_again_finds_nothing_of_the_process_before_but_its_log(tmp_path: Path) -> None:
+    config = WorkerConfig(name="r", model={}, kind="simulated", options={}, num_threads=1, folder=str(tmp_path))
+    FlightRecorder(config.flight_path, 1).mark(Tag(out_uri="/out", fingerprint="f", unit=1))
+    config.status_path.write_text("{}")
+    config.log_path.write_text("it died")
+    config.scratch_path.mkdir()
+    config.clear()
+    assert [path.name for path in tmp_path.iterdir()] == [config.log_path.name]
+    config.clear()
+
+
 def test_as_many_engines_load_at_once_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     assert [engines_at_once("vllm", count) for count in (1, 3, 8)] == [1, 3, 3]
