@@ -239,7 +239,7 @@ def _row_bytes(column: pq.ColumnChunkMetaData, num_rows: int) -> float | None:
     found = column.statistics
     if found is None or not found.has_min_max:
         return None if found is None or found.null_count != column.num_values else mean
-    return max(mean, len(found.min_raw), len(found.max_raw))  # as bytes: not every text is UTF-8
+    return max(mean, len(found.min_raw or b""), len(found.max_raw or b""))  # as bytes: not every text is UTF-8
 
 
 def mean_row_bytes(groups: Sequence[RowGroup]) -> float | None:
