@@ -157,7 +157,10 @@ def steady(spec: RehearsalSpec, full: tuple[float, Accounts] | None, all_sent: t
         before = full[1].get(name)
         if before is None:
             continue
-        own = {kind: after.seconds.get(kind, 0.0) - before.seconds.get(kind, 0.0) for kind in ("busy", "starved", "commit_blocked")}
+        # A moment of waiting that was pending then may have been counted as another kind's since.
+        own = {
+            kind: max(0.0, after.seconds.get(kind, 0.0) - before.seconds.get(kind, 0.0)) for kind in ("busy", "starved", "commit_blocked")
+        }
         heard_s, tokens = after.busy_s - before.busy_s, after.busy_tokens - before.busy_tokens
         idle_s, unscaled_s = own["starved"] + own["commit_blocked"], own["busy"] / spec.slow_down
         busy_s, starved_s, blocked_s = busy_s + unscaled_s, starved_s + own["starved"], blocked_s + own["commit_blocked"]

@@ -52,6 +52,12 @@ def test_idle_seconds_are_real_ones_and_busy_ones_unscaled() -> None:
     assert found.tokens_per_s == pytest.approx(sum(SPEEDS) / 4 * 100 / 102, rel=1e-3)
 
 
+def test_waiting_that_was_pending_and_then_counted_as_another_kind_makes_no_idle_time_below_zero() -> None:
+    found = steady(SPEC, (10.0, both(busy=100.0, starved=2.0)), (1000.0, both(busy=1100.0, starved=1.5)))
+    assert found is not None
+    assert (found.starved_s, found.idle_share) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(("full_at", "sent_at"), [(None, 5.0), (5.0, None), (5.0, 5.0), (6.0, 5.0)])
 def test_where_all_was_sent_before_every_engine_was_full_there_is_no_steady_state(full_at: float | None, sent_at: float | None) -> None:
     full = None if full_at is None else (full_at, both())
