@@ -323,19 +323,17 @@ class Driver:
             progress.engine = progress.engine or replica.engine
             if replica.ledger is not None:
                 self._accounts.hear(replica.name, replica.ledger, now)
-        flying = sum(flight.unit.num_rows for flight in self._flying.values())
-        self._load.look(replicas, engine_rows(max(0, self._rows_left - flying), progress.totals), self._num_coming(replicas, now))
-        self._num_nodes = num_nodes(replicas)
         expected = self._cluster.num_replicas
-        wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
-        self._wanted_windows = wanted / max(1, sum(replica.window_rows for replica in replicas))
-
-    def _num_coming(self, replicas: Sequence[ReplicaState], now: float) -> int:
-        """Those of a cluster are started together, and come up within moments of each other, or much later."""
         if replicas and self._first_at is None:
             self._first_at = now
+        # Those of a cluster are started together, and come up within moments of each other, or much later.
         soon = self._first_at is not None and now < self._first_at + _SOON_S
-        return max(0, self._cluster.num_replicas - len(replicas)) if soon else 0
+        flying = sum(flight.unit.num_rows for flight in self._flying.values())
+        unsent = engine_rows(max(0, self._rows_left - flying), progress.totals)
+        self._load.look(replicas, unsent, max(0, expected - len(replicas)) if soon else 0)
+        self._num_nodes = num_nodes(replicas)
+        wanted = wanted_rows(replicas, wide=self._job.lengths_vary, rows_left=self._rows_left, num_expected=expected)
+        self._wanted_windows = wanted / max(1, sum(replica.window_rows for replica in replicas))
 
     def _look_at_caps(self, now: float) -> None:
         progress, node_seconds = self.progress, self._node_seconds

@@ -237,18 +237,18 @@ def _row_bytes(column: pq.ColumnChunkMetaData, num_rows: int) -> float | None:
     if column.physical_type != "BYTE_ARRAY" or not column.has_dictionary_page:
         return mean
     found = column.statistics
-    if found is None or not found.has_min_max:
-        return None if found is None or found.null_count != column.num_values else mean
-    return max(mean, len(found.min_raw or b""), len(found.max_raw or b""))  # as bytes: not every text is UTF-8
+    if found is None:
+        return None
+    if found.has_min_max:
+        return max(mean, len(found.min_raw or b""), len(found.max_raw or b""))  # as bytes: not every text is UTF-8
+    return mean if found.null_count == column.num_values else None
 
 
 def mean_row_bytes(groups: Sequence[RowGroup]) -> float | None:
     """Over the rows of all; None where one of them does not say, or there is no row."""
-    known = [(group.row_bytes, group.num_rows) for group in groups if group.row_bytes is not None and group.num_rows]
-    rows = sum(count for _, count in known)
-    if not rows or any(group.row_bytes is None and group.num_rows for group in groups):
-        return None
-    return sum(size * count for size, count in known) / rows
+    filled = [group for group in groups if group.num_rows]
+    known = [group.row_bytes * group.num_rows for group in filled if group.row_bytes is not None]
+    return sum(known) / sum(group.num_rows for group in filled) if known and len(known) == len(filled) else None
 
 
 def common_schema(objects: Sequence[InputObject], spec: InputSpec) -> pa.Schema:

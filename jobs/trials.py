@@ -137,9 +137,8 @@ class Trials:
 
         start_s, model = 0.0, self._models[setting.model]
         try:
-            longest = None if setting.defaults else longest_of(self._requests)
             asked = asked_options(self._job.engine)
-            plan = plan_of(setting, self._base, self._machine, model, asked, row_tokens=longest)
+            plan = plan_of(setting, self._base, self._machine, model, asked, row_tokens=longest_of(self._requests))
             with Replicas(plan, model, "vllm", timeout_s=left()) as replicas:
                 start_s = time.monotonic() - began
                 replicas.run(warm(self._requests[: _WARM_ROWS * plan.replicas]), timeout_s=left())

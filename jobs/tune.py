@@ -124,7 +124,8 @@ def tune(
     sample = read_sample(job, models[0], most, max_model_len=plan.options["max_model_len"])
     if not sample:
         raise JobError("input.uri: no row of the sample makes a prompt, so there is nothing to try engines with")
-    plan = plan_replicas(base, machine, models[0], replicas=job.cluster.replicas, options=options, row_tokens=longest_of(sample))
+    longest = longest_of(sample)
+    plan = plan_replicas(base, machine, models[0], replicas=job.cluster.replicas, options=options, row_tokens=longest)
     with open_journal(job, models[0], base, node_kind(machine), sample, rows, fresh) as journal:
         trials = Trials(job, models, machine, base, journal, show)
 
@@ -137,7 +138,7 @@ def tune(
                 replicas=job.cluster.replicas,
                 rows=len(requests),
                 tokens_per_row=longest_of(requests),
-                row_tokens=longest_of(sample),
+                row_tokens=longest,
                 shared_share=shared_share([request.token_ids for request in requests], block=_BLOCK_TOKENS),
                 kv_cache_dtypes=kv_cache_dtypes,
             )

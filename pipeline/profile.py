@@ -244,8 +244,7 @@ def plan_replicas(
         "max_num_batched_tokens": profile.max_num_batched_tokens,
         "max_model_len": model_len,
         "dtype": profile.dtype,
-        **(profile.options_for(machine.cpu_flags) if profile.device == "cpu" else {}),
-        **profile.options,
+        **profile.options_for(machine.cpu_flags),
     }
     if profile.device == "gpu":
         return _plan_gpus(profile, machine, model, replicas or profile.replicas, options, made, most_nodes)

@@ -269,9 +269,9 @@ def profile_of(setting: Setting, base: Profile) -> Profile:
 def plan_of(
     setting: Setting, base: Profile, machine: Machine, model: Model, options: Mapping[str, Any], *, row_tokens: int | None = None
 ) -> ReplicaPlan:
-    """How its trial is run; the user's own options are part of every trial but the engine's defaults. Raises JobError."""
-    profile = profile_of(setting, base)
-    plan = plan_replicas(profile, machine, model, replicas=setting.replicas, options=dict(options), row_tokens=row_tokens)
+    """How its trial is run; the user's own options, and rows' length, are for every trial but the engine's defaults. Raises JobError."""
+    profile, length = profile_of(setting, base), None if setting.defaults else row_tokens
+    plan = plan_replicas(profile, machine, model, replicas=setting.replicas, options=dict(options), row_tokens=length)
     if not setting.defaults:
         return plan
     # The engine would take nearly all memory for its cache, which other processes hold; its size decides no speed here.
@@ -299,7 +299,7 @@ def space_for(
     model fits nowhere.
     """
     plan = plan_replicas(base, machine, models[0], replicas=replicas, options=dict(options), row_tokens=row_tokens)
-    given = {**base.options_for(machine.cpu_flags), **base.options}
+    given = base.options_for(machine.cpu_flags)
     own = {name for name, value in given.items() if isinstance(value, str | int | float)}  # nothing to vary in the others
     free = {name: value for name, value in plan.options.items() if name in {*_FIELDS, *own} and name not in options}
     preload = tuple(name for name in ALLOCATORS if name in machine.libraries)[:1] if base.device == "cpu" else ()

@@ -52,10 +52,11 @@ class Profile(Frozen):
     """CPU only: further options where the CPU has a flag; `options` win over them, and flags over those that come after them."""
 
     def options_for(self, cpu_flags: Set[str]) -> dict[str, Any]:
-        """Those that a CPU's flags add."""
-        found: dict[str, Any] = {}
-        for flag, options in self.options_by_cpu_flag.items():
-            found = {**options, **found} if flag in cpu_flags else found
+        """`options`, and those that a CPU's flags add to them."""
+        found = dict(self.options)
+        for flag, options in self.options_by_cpu_flag.items() if self.device == "cpu" else ():
+            if flag in cpu_flags:
+                found = {**options, **found}
         return found
 
     @property

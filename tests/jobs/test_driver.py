@@ -252,6 +252,8 @@ class HoldingCluster(ScriptedCluster):
     def __init__(self, expected: int) -> None:
         super().__init__(lambda unit, attempt: report_of(unit), replicas=(ReplicaState(name="r0", window_rows=160),))
         self._expected, self.held = expected, list[tuple[WorkUnit, Callable[[Result], None]]]()
+        self.sent: list[int] = []
+        """Units that were there each time that it answered."""
 
     @property
     def num_replicas(self) -> int:
@@ -262,7 +264,8 @@ class HoldingCluster(ScriptedCluster):
     ) -> None:
         self.held.append((unit, done))
 
-    def answer(self) -> None:
+    def answer(self, _: Progress) -> None:
+        self.sent.append(len(self.held))
         held, self.held = self.held, []
         for unit, done in held:
             done(report_of(unit))
@@ -272,26 +275,16 @@ class HoldingCluster(ScriptedCluster):
 def test_whoever_is_up_first_leaves_its_share_of_a_small_table_to_those_that_come_soon(
     accepted: Accepted, expected: int, first: int
 ) -> None:
-    cluster, sent = HoldingCluster(expected), list[int]()
-
-    def look(progress: Progress) -> None:
-        sent.append(len(cluster.held))
-        cluster.answer()
-
-    progress = Driver(accepted, cluster).run(look)
-    assert sent[0] == first
+    cluster = HoldingCluster(expected)
+    progress = Driver(accepted, cluster).run(cluster.answer)
+    assert cluster.sent[0] == first
     assert (progress.state, progress.totals.units) == ("complete", 10)  # those that never came are not waited for
 
 
 def test_a_replica_that_does_not_come_soon_gets_no_share(accepted: Accepted) -> None:
-    cluster, sent = HoldingCluster(2), list[int]()
-
-    def look(progress: Progress) -> None:
-        sent.append(len(cluster.held))
-        cluster.answer()
-
-    progress = Driver(accepted, cluster, clock=FakeClock(40.0)).run(look)  # it is looked at several times a turn
-    assert sent[:2] == [5, 5]
+    cluster = HoldingCluster(2)
+    progress = Driver(accepted, cluster, clock=FakeClock(40.0)).run(cluster.answer)  # it is looked at several times a turn
+    assert cluster.sent[:2] == [5, 5]
     assert progress.state == "complete"
 
 

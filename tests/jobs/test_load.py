@@ -195,11 +195,17 @@ def sent_at_once(load: Load, unsent: int) -> Counter[str | None]:
     return sent
 
 
-def test_who_is_a_moment_ahead_does_not_take_what_is_left_for_all() -> None:
-    """Both had a batch of a hundred rows of fifty tokens; one is done, the other nearly."""
+def two_at_work() -> Load:
+    """Each of two replicas has a batch of a hundred rows."""
     load = Load()
     load.look([replica("a", window=200), replica("b", window=200)], 200)
     assert sent_at_once(load, 200) == {"a": 100, "b": 100}
+    return load
+
+
+def test_who_is_a_moment_ahead_does_not_take_what_is_left_for_all() -> None:
+    """Both had a batch of a hundred rows of fifty tokens; one is done, the other nearly."""
+    load = two_at_work()
     load.take("a", 100, answered_rows=100, by="a")
     load.look([replica("a", window=200, rows=100, tokens=5000, answered=5000), replica("b", window=200, tokens=4600)], 100)
     assert load.left("b") == 100
@@ -211,10 +217,8 @@ def test_who_is_a_moment_ahead_does_not_take_what_is_left_for_all() -> None:
 
 
 def test_a_look_from_before_a_result_does_not_make_new_rows_look_begun() -> None:
-    load = Load()
-    load.look([replica("a", window=200), replica("b", window=200)], 200)
-    sent_at_once(load, 200)
-    before = [replica("a", window=200, rows=40, tokens=4800, answered=2000), replica("b", window=200, rows=40, tokens=4800, answered=2000)]
+    load = two_at_work()
+    before = [replica(name, window=200, rows=40, tokens=4800, answered=2000) for name in "ab"]
     load.look(before, 100)
     load.hear("a", reading("a", 100, tokens=5000))
     load.take("a", 100, answered_rows=100, by="a")
@@ -226,9 +230,7 @@ def test_a_look_from_before_a_result_does_not_make_new_rows_look_begun() -> None
 
 
 def test_rows_that_are_only_begun_are_waited_for_by_nobody() -> None:
-    load = Load()
-    load.look([replica("a", window=200), replica("b", window=200)], 200)
-    sent_at_once(load, 200)
+    load = two_at_work()
     load.take("a", 100, answered_rows=100, by="a")
     load.look([replica("a", window=200, rows=100, tokens=5000, answered=5000), replica("b", window=200, tokens=100)], 100)
     assert sent_at_once(load, 100) == {"a": 100}
@@ -275,10 +277,8 @@ def test_a_replica_with_nothing_before_it_may_have_a_unit_without_rows() -> None
 
 
 def test_a_result_takes_its_rows_off_what_was_begun() -> None:
-    load = Load()
-    load.look([replica("a", window=200), replica("b", window=200)], 200)
-    sent_at_once(load, 200)
-    before = [replica("a", window=200, rows=40, tokens=4800, answered=2000), replica("b", window=200, rows=40, tokens=4800, answered=2000)]
+    load = two_at_work()
+    before = [replica(name, window=200, rows=40, tokens=4800, answered=2000) for name in "ab"]
     load.look(before, 20)  # of the sixty rows that each has, 56 rows' worth is generated
     load.hear("a", reading("a", 96, tokens=4800))  # but those are answered by now, and four are left
     assert sent_at_once(load, 20) == {"a": 10}
